@@ -1,0 +1,1 @@
+"""One containers.json entry in, one container out. Imports the standard library only."""

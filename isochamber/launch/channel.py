@@ -1,0 +1,56 @@
+"""The SOCK_SEQPACKET pair between the processes of one start (see messages.py), with descriptors passed along."""
+
+from __future__ import annotations
+
+import _socket
+import struct
+
+from isochamber.errors import IsochamberError
+from isochamber.launch import messages
+from isochamber.launch.messages import Failure, Word
+
+
+def pair() -> tuple[_socket.socket, _socket.socket]:
+    """Return the launcher's end and the other end, both close-on-exec (as Python makes every descriptor)."""
+    first, second = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+    return first, second
+
+
+def _send(end: _socket.socket, packet: bytes, descriptor: int | None = None) -> None:
+    extra = []
+    if descriptor is not None:
+        extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("=i", descriptor))]
+    try:
+        end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # the launcher is gone, and we go with it
+
+
+def send_failure(end: _socket.socket, step: str, error: IsochamberError, word: bytes = Word.FAILED) -> None:
+    """Say which step failed, and how; with Word.LEFT, what could not be cleaned up."""
+    failure = Failure(step, error.path, error.errno, error.what, error.hint, error.exit_code)
+    _send(end, messages.encode_failure(word, failure))
+
+
+def send_started(end: _socket.socket, pidfd: int) -> None:
+    """Hand over the pidfd of the tenant's first process."""
+    _send(end, Word.STARTED, pidfd)
+
+
+def send_terminal(end: _socket.socket, master: int) -> None:
+    """Hand over the master of the tenant's terminal."""
+    _send(end, Word.TERMINAL, master)
+
+
+def send_ended(end: _socket.socket, status: int) -> None:
+    """Say that the tenant ended with the wait status ``status`` (wait(2))."""
+    _send(end, Word.ENDED + str(status).encode())
+
+
+def receive(end: _socket.socket) -> tuple[bytes | None, bytes, int | None]:
+    """Return the next packet's word, the packet, and the descriptor that came with it; None at the end."""
+    packet, extra, _, _ = end.recvmsg(messages.MAXIMUM, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
+    if not packet:
+        return None, b"", None
+    descriptor = struct.unpack("=i", extra[0][2][:4])[0] if extra else None
+    return packet[:1], packet, descriptor

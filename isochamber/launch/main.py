@@ -1,0 +1,141 @@
+"""The launcher's own command line, for the build half and the command line above it.
+
+    run  --root ROOT [--shell] [--no-terminal] TENANT [-- COMMAND ...]
+    plan --root ROOT --fd N [--no-terminal]
+
+TENANT is a name or a tid. Options stand before or after it; COMMAND begins at the
+first word after TENANT that is no option, or after ``--``. Kept by hand and not by
+argparse: it is imported at every start.
+"""
+
+from __future__ import annotations
+
+import os
+
+from isochamber.errors import EXIT_BAD_INPUT, EXIT_SIGNAL_BASE, IsochamberError
+from isochamber.launch import capabilities, entry, foreground, running, start, syscalls, terminal
+from isochamber.launch.lean import signal
+
+_USAGE = (
+    "usage: run --root ROOT [--shell] [--no-terminal] TENANT [-- COMMAND ...] | plan --root ROOT --fd N [--no-terminal]"
+)
+
+# A login shell: the base may be without bash, and a plan without a base is none.
+_SHELL = ["/bin/sh", "-c", "if [ -x /bin/bash ]; then exec /bin/bash -l; fi; exec /bin/sh -l"]
+
+
+class Options:
+    """The words of the command line, sorted."""
+
+    __slots__ = ("command", "fd", "no_terminal", "root", "shell", "tenant", "verb")
+
+    def __init__(self, words: list[str]) -> None:
+        """Sort ``words``; raises IsochamberError with exit code 2."""
+        self.verb = words[0] if words else ""
+        self.root, self.fd, self.shell, self.no_terminal = "", -1, False, False
+        self.tenant = ""
+        self.command: list[str] = []
+        self._sort(words[1:])
+        complete = {"run": bool(self.tenant), "plan": self.fd >= 0 and not self.tenant}.get(self.verb, False)
+        if not complete or not os.path.isabs(self.root):
+            raise _usage()
+
+    def _sort(self, rest: list[str]) -> None:
+        only_names = False  # after "--"
+        while rest:
+            word = rest.pop(0)
+            if only_names or not word.startswith("-"):
+                if self.tenant:
+                    self.command = [word, *rest]
+                    return
+                self.tenant = word
+            elif word == "--":
+                only_names = True
+            elif word == "--shell":
+                self.shell = True
+            elif word == "--no-terminal":
+                self.no_terminal = True
+            elif word == "--root" and rest:
+                self.root = rest.pop(0)
+            elif word == "--fd" and rest and rest[0].isdecimal():
+                self.fd = int(rest.pop(0))
+            else:
+                raise _usage(f"{word} is not known, or its value is missing; ")
+
+
+def _usage(what: str = "") -> IsochamberError:
+    return IsochamberError(what + _USAGE, stage="launch", exit_code=EXIT_BAD_INPUT)
+
+
+def _entry(options: Options) -> entry.Entry:
+    if options.verb == "plan":
+        # A build that is killed takes its sandbox along.
+        syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
+        return entry.read_plan(options.fd)
+    wanted = entry.read(options.root, options.tenant)
+    if options.shell:
+        # The original's configuration mode: the host's network, an administrator's rights over the tenant's own files.
+        wanted.network = "host"
+        wanted.capabilities = list(capabilities.INSTALL)
+        wanted.argv = _SHELL
+    if options.command:
+        wanted.argv = options.command
+    return wanted
+
+
+def _launch(options: Options) -> int:
+    wanted = _entry(options)
+    try:
+        return _run(options, wanted)
+    except IsochamberError as error:
+        error.tenant = wanted.name  # what failed may know files and namespaces only
+        raise
+    except OSError as error:
+        raise IsochamberError.from_os(error, stage="launch", tenant=wanted.name) from error
+
+
+def _run(options: Options, wanted: entry.Entry) -> int:
+    own_terminal = options.verb == "run" and not options.no_terminal and terminal.wanted()
+    if "TERM" in os.environ and os.isatty(0):
+        wanted.env["TERM"] = os.environ["TERM"]
+    prepared = start.Prepared(options.root, wanted, own_terminal=own_terminal)
+    tenant = running.Running(prepared)
+    os.close(prepared.lock)  # the keeper holds it from here on: it is free when the keeper has cleaned up
+    code = foreground.Foreground(tenant).supervise(wanted.timeout)
+    if tenant.failure is not None:
+        raise tenant.failure
+    return code
+
+
+def _open_missing_descriptors() -> None:
+    """Put /dev/null where 0, 1 or 2 is closed: else what we open next would stand there, in the tenant too."""
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(descriptor, True)
+
+
+def _say(line: str) -> None:
+    try:
+        os.write(2, f"isochamber: {line}\n".encode("utf-8", "backslashreplace"))
+    except OSError:
+        pass  # nobody reads; the exit code says it too
+
+
+def main(words: list[str]) -> int:
+    """Run one tenant in the foreground; returns its exit code, or ours with one line on stderr."""
+    _open_missing_descriptors()
+    try:
+        return _launch(Options(words))
+    except IsochamberError as error:
+        for line in error.lines():
+            _say(line)
+        return error.exit_code
+    except OSError as error:
+        ours = IsochamberError.from_os(error, stage="launch")
+        _say(ours.line())
+        return ours.exit_code
+    except KeyboardInterrupt:  # before the tenant was there to take it; what there was of it ends with us
+        return EXIT_SIGNAL_BASE + signal.SIGINT

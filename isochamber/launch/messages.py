@@ -1,0 +1,53 @@
+"""What the processes of one start say to each other: a closed list.
+
+They talk over one SOCK_SEQPACKET pair, a message a packet. The tenant's copy is
+close-on-exec, so nothing of it reaches the tenant.
+
+    tenant side -> launcher   TERMINAL (with the pty's master), FAILED
+    keeper      -> launcher   STARTED (with the tenant's pidfd), FAILED, LEFT, ENDED
+"""
+
+from __future__ import annotations
+
+MAXIMUM = 16384  # bytes a packet
+_LONGEST = 2000  # characters a field
+
+
+class Word:
+    """The first byte of a packet. No Enum: importing that costs the start more than its mounts do."""
+
+    STARTED = b"S"  # the tenant's first process exists; one descriptor: its pidfd
+    TERMINAL = b"T"  # its terminal exists; one descriptor: the master
+    FAILED = b"F"  # a step failed: see encode_failure
+    LEFT = b"L"  # something could not be cleaned up after it: see encode_failure
+    ENDED = b"E"  # it ended; decimal: its wait status (wait(2))
+
+
+WORDS = frozenset((Word.STARTED, Word.TERMINAL, Word.FAILED, Word.LEFT, Word.ENDED))
+
+
+class Failure:
+    """A step that failed, as it travels."""
+
+    __slots__ = ("code", "errno", "hint", "path", "step", "what")
+
+    def __init__(self, step: str, path: str | None, errno: int | None, what: str, hint: str | None, code: int) -> None:
+        self.step = step
+        self.path = path
+        self.errno = errno  # None: not the kernel's
+        self.what = what
+        self.hint = hint
+        self.code = code  # what the launcher exits with
+
+
+def encode_failure(word: bytes, failure: Failure) -> bytes:
+    """Return a packet: ``word``, then the fields, NUL between them (no path and no text of ours holds one)."""
+    fields = (failure.step, failure.path, failure.errno, failure.what, failure.hint, failure.code)
+    texts = ("" if field is None else str(field).replace("\0", "")[:_LONGEST] for field in fields)
+    return word + "\0".join(texts).encode("utf-8", "surrogateescape")
+
+
+def decode_failure(packet: bytes) -> Failure:
+    """Return what :func:`encode_failure` was given."""
+    step, path, errno, what, hint, code = packet[1:].decode("utf-8", "surrogateescape").split("\0")
+    return Failure(step, path or None, int(errno) if errno else None, what, hint or None, int(code))

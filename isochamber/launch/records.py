@@ -1,0 +1,141 @@
+"""Which tenants run: a lock that death frees, and a pid record beside it for people and tools."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import struct
+
+from isochamber import paths
+from isochamber.errors import IsochamberError
+from isochamber.launch import lean
+
+# Open file description locks (fcntl(2), "Open file description locks"): they live as long as a process holds a copy
+# of the descriptor, as flock(2)'s do, and unlike those they can be asked about without being taken.
+_FLOCK = "hhqqi4x"  # struct flock of every 64-bit architecture: type, whence, start, length, pid
+_WHOLE_FILE = (os.SEEK_SET, 0, 0, 0)
+_A_MOMENT = 0.01  # seconds between two looks at a tenant that is just being set up or taken down
+
+
+class Record:
+    """What is known of a running tenant."""
+
+    __slots__ = ("cgroup", "keeper", "pid", "start_time")
+
+    def __init__(self, pid: int, keeper: int, start_time: int, cgroup: str | None) -> None:
+        self.pid = pid  # of the tenant's first process, as the host sees it
+        self.keeper = keeper
+        self.start_time = start_time  # of pid, in clock ticks since boot: field 22 of proc_pid_stat(5)
+        self.cgroup = cgroup
+
+
+def lock(tid: str, name: str) -> int:
+    """Take the tenant's lock and return its descriptor; raises IsochamberError when it runs already.
+
+    The launcher and then the keeper hold it. Two mounts of one upper are undefined
+    (overlayfs.rst, "Sharing and copying layers").
+    """
+    path = paths.tenant_lock(tid)
+    try:
+        os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+            if not _take(descriptor):
+                os.close(descriptor)
+                break
+            if _is_at(descriptor, path):
+                return descriptor
+            os.close(descriptor)  # deleted with its tenant before we had the lock: take the one that is there now
+    except OSError as error:
+        raise IsochamberError.from_os(error, stage="launch", tenant=name, path=path, hint="run as root") from error
+    raise IsochamberError(
+        "runs already", stage="launch", tenant=name, path=path, hint="one tenant runs once: its upper can't be shared"
+    )
+
+
+def _take(descriptor: int) -> bool:
+    try:
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, *_WHOLE_FILE))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_at(descriptor: int, path: str) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def start_time(pid: int) -> int:
+    """Return field 22 of proc_pid_stat(5); raises FileNotFoundError when the process is gone."""
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        return int(file.read().rpartition(b")")[2].split()[19])
+
+
+def write(tid: str, record: Record) -> None:
+    """Write the pid record; a reboot may forget it, so it is replaced atomically but not synced. Raises OSError."""
+    path = paths.tenant_record(tid)
+    group = "null" if record.cgroup is None else lean.quote(record.cgroup)
+    content = (
+        f'{{"pid": {record.pid}, "keeper": {record.keeper}, "start_time": {record.start_time}, "cgroup": {group}}}\n'
+    )
+    with open(f"{path}.new", "wb") as file:
+        file.write(content.encode())
+    os.rename(f"{path}.new", path)
+
+
+def forget(tid: str) -> None:
+    """Remove the pid record; none is fine."""
+    try:
+        os.unlink(paths.tenant_record(tid))
+    except FileNotFoundError:
+        pass
+
+
+def held(tid: str) -> bool:
+    """Say whether somebody holds the tenant's lock; asks without taking it, so that no start is refused meanwhile."""
+    try:
+        descriptor = os.open(paths.tenant_lock(tid), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        return False
+    try:
+        answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, struct.pack(_FLOCK, fcntl.F_WRLCK, *_WHOLE_FILE))
+    finally:
+        os.close(descriptor)
+    return bool(struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK)
+
+
+def running(tid: str) -> Record | None:
+    """Return the record of a tenant that runs, None when it does not (or is only just being set up)."""
+    if not held(tid):
+        return None
+    try:
+        with open(paths.tenant_record(tid), "rb") as file:
+            fields = lean.parse(file.read())
+        if not isinstance(fields, dict):
+            return None
+        record = Record(**fields)
+        return record if alive(record) else None
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def alive(record: Record) -> bool:
+    """Say whether the process that ``record`` names is there (or waits to be reaped), and is still that one."""
+    try:
+        return start_time(record.pid) == record.start_time
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def settled(tid: str) -> Record | None:
+    """Return :func:`running`, waited for while the tenant is just being set up or taken down."""
+    while held(tid):
+        record = running(tid)
+        if record is not None:
+            return record
+        select.select([], [], [], _A_MOMENT)  # milliseconds, and nothing says when: its processes have no names yet
+    return None

@@ -1,0 +1,154 @@
+"""A tenant that was started, as the launcher holds it."""
+
+from __future__ import annotations
+
+import os
+
+from isochamber.errors import EXIT_OURS, EXIT_SIGNAL_BASE, IsochamberError
+from isochamber.launch import cgroup, channel, keeper, messages, records, start, syscalls
+from isochamber.launch.lean import signal
+from isochamber.launch.messages import Word
+
+
+class Running:
+    """The keeper, the tenant's first process, and what they have said so far."""
+
+    __slots__ = ("_life", "cgroup", "end", "exit_code", "failure", "keeper", "master", "pid", "pidfd", "tenant", "tid")
+
+    def __init__(self, prepared: start.Prepared) -> None:
+        """Clone the keeper, which clones the tenant; returns when that exists. Raises IsochamberError."""
+        self.tenant = prepared.entry.name
+        self.tid = prepared.entry.tid
+        self.cgroup = prepared.cgroup
+        self.pid: int | None = None  # as the host sees it, once STARTED came
+        self.pidfd: int | None = None
+        self.master: int | None = None
+        self.failure: IsochamberError | None = None
+        self.exit_code: int | None = None  # None while it runs
+        life_read, self._life = os.pipe()
+        self.end, other = channel.pair()
+        try:
+            self.keeper, keeper_fd = syscalls.clone3(syscalls.CLONE_NEWPID)
+        except OSError as error:
+            raise IsochamberError.from_os(
+                error, stage="launch", tenant=self.tenant, hint="run as root, on a kernel with PID namespaces"
+            ) from error
+        if self.keeper == 0:
+            os.close(self._life)
+            self.end.close()
+            keeper.keep(prepared, other, life_read)
+        os.close(keeper_fd)
+        os.close(life_read)
+        other.close()
+        while self.pid is None and self.exit_code is None:
+            self.hear()
+
+    def hear(self) -> None:
+        """Take one message (waits for it) and remember what it says."""
+        word, packet, descriptor = channel.receive(self.end)
+        if word == Word.STARTED:
+            self.pidfd = descriptor
+            self.pid = _pid_of(descriptor)
+        elif word == Word.TERMINAL:
+            self.master = descriptor
+        elif word == Word.FAILED:
+            self.failure = self._error(packet)
+        elif word == Word.LEFT:
+            _warn(self._error(packet))
+        elif word == Word.ENDED:
+            self._ended(int(packet[1:]))
+        else:
+            self._keeper_gone()
+
+    def _error(self, packet: bytes) -> IsochamberError:
+        told = messages.decode_failure(packet)
+        return IsochamberError(
+            told.what,
+            stage=told.step,
+            tenant=self.tenant,
+            path=told.path,
+            errno=told.errno,
+            hint=told.hint,
+            exit_code=told.code,
+        )
+
+    def _ended(self, status: int) -> None:
+        os.waitpid(self.keeper, 0)  # after its clean-up: the cgroup and the lock are free when we return
+        if self.failure is not None:
+            self.exit_code = self.failure.exit_code
+        elif os.WIFSIGNALED(status):
+            self.exit_code = EXIT_SIGNAL_BASE + os.WTERMSIG(status)
+        else:
+            self.exit_code = os.WEXITSTATUS(status)
+
+    def _keeper_gone(self) -> None:
+        """It was killed, or could not start the tenant: say so, and clean up in its place."""
+        os.waitpid(self.keeper, 0)  # returns when all of its PID namespace is dead
+        if self.failure is None:
+            self.failure = IsochamberError(
+                "its keeper was killed, and the tenant with it", stage="launch", tenant=self.tenant
+            )
+            self._clean_after_keeper()
+        self.exit_code = EXIT_OURS
+
+    def _clean_after_keeper(self) -> None:
+        try:
+            lock = records.lock(self.tid, self.tenant)
+        except IsochamberError:
+            return  # it has been started anew already: all of this is the new one's
+        try:
+            if self.cgroup is not None:
+                cgroup.remove(self.cgroup)
+            records.forget(self.tid)
+        except OSError as error:
+            _warn(IsochamberError.from_os(error, stage="clean up", tenant=self.tenant))
+        finally:
+            os.close(lock)
+
+    def kill(self, number: int) -> None:
+        """Send the signal ``number`` to the tenant's PID 1; one that has ended is fine."""
+        if self.pidfd is not None:
+            try:
+                signal.pidfd_send_signal(self.pidfd, number)
+            except ProcessLookupError:
+                pass
+
+    def catches(self, number: int) -> bool:
+        """Say whether PID 1 would notice ``number``: it has a handler, ignores it on purpose, or waits for it.
+
+        A PID 1 without a handler is not killed by a signal's default action
+        (pid_namespaces(7)); blocked means that somebody takes it by sigwait or signalfd.
+        """
+        try:
+            with open(f"/proc/{self.pid}/status", "rb") as file:
+                masks = [
+                    int(line.split()[1], 16) for line in file if line.startswith((b"SigBlk", b"SigIgn", b"SigCgt"))
+                ]
+        except (FileNotFoundError, ProcessLookupError):
+            return True  # it has ended: nothing is left to be done
+        return any(mask >> (number - 1) & 1 for mask in masks)
+
+    def freeze(self, *, frozen: bool) -> None:
+        """Stop or continue all of the tenant: its cgroup, or where there is none its PID 1 alone."""
+        if self.cgroup is not None:
+            try:
+                cgroup.freeze(self.cgroup, frozen=frozen)
+            except FileNotFoundError:
+                pass  # it has just ended
+            else:
+                return
+        self.kill(signal.SIGSTOP if frozen else signal.SIGCONT)
+
+
+def _warn(error: IsochamberError) -> None:
+    """Say what went wrong beside the tenant's own end, which stays the exit code."""
+    try:
+        os.write(2, f"isochamber: {error.line()}\n".encode())
+    except OSError:
+        pass  # nobody reads
+
+
+def _pid_of(pidfd: int | None) -> int:
+    """Return the pid that ``pidfd`` names, as this PID namespace sees it (proc_pid_fdinfo(5)); -1 once it is reaped."""
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))

@@ -1,0 +1,235 @@
+"""The start of one tenant, in order: the launcher's side up to the clone, the tenant's side up to the exec.
+
+docs/explanation/architecture.md lists the same steps, and a test compares the two.
+Each step is one line; what it does is in the module that its name begins with.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import sys
+
+from isochamber.errors import EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_OURS, IsochamberError
+from isochamber.launch import (
+    capabilities,
+    cgroup,
+    channel,
+    devices,
+    ipc,
+    masking,
+    mounts,
+    pins,
+    records,
+    rlimits,
+    syscalls,
+    terminal,
+    verify,
+)
+from isochamber.launch.entry import Entry
+from isochamber.launch.lean import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+TENANT_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
+
+
+class Prepared:
+    """What the host side made before the clone: descriptors, all close-on-exec."""
+
+    __slots__ = ("cgroup", "entry", "highest_capability", "host_namespaces", "lock", "net", "root", "terminal", "user")
+
+    def __init__(self, root: str, entry: Entry, *, own_terminal: bool) -> None:
+        """Do the host side's steps; raises IsochamberError, and leaves at most the pins and an empty cgroup."""
+        self.root = root
+        self.entry = entry
+        self.terminal = own_terminal
+        # Only one start at a time may see the upper.
+        self.lock = records.lock(entry.tid, entry.name)
+        if entry.ipc is not None:
+            ipc.check(entry.ipc)
+        self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
+        self.cgroup = cgroup.make(entry.tid)
+        # (limits: written and read back here)
+        self.highest_capability = capabilities.last()
+        self.host_namespaces = verify.namespaces()
+
+
+def tenant_side(prepared: Prepared, messages: _socket.socket) -> None:
+    """Become the tenant: every step in order, then execve(2). Never returns: a failure is sent, then it exits."""
+    step = Steps()
+    try:
+        _become(prepared, messages, step)
+    except IsochamberError as error:
+        channel.send_failure(messages, step.name, error)
+        os._exit(error.exit_code)
+    except OSError as error:
+        wrapped = IsochamberError.from_os(error, stage="launch")
+        channel.send_failure(messages, step.name, wrapped)
+        os._exit(EXIT_OURS)
+    except BaseException:  # a bug of ours: shown, and the tenant never runs
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(EXIT_OURS)
+
+
+class Steps:
+    """Remembers the name of the step that is being done, for the one line that a failure becomes."""
+
+    __slots__ = ("done", "name")
+
+    def __init__(self) -> None:
+        self.name = ""
+        self.done: list[str] = []
+
+    def __call__(self, name: str) -> None:
+        """Begin the step ``name``."""
+        self.name = name
+        self.done.append(name)
+
+
+def _become(  # noqa: PLR0915 - one screen of one-line steps, and their names
+    prepared: Prepared, messages: _socket.socket, step: Callable[[str], None]
+) -> None:
+    entry, owner = prepared.entry, prepared.entry.uid_base
+    step("close this process to others")
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # nobody inside may look into this process while it is the host's root
+    os.setsid()  # the operator's terminal is not ours to control
+    os.umask(0o022)
+    os.chdir(prepared.root)  # lowerdir= takes relative paths, which no ":" of the operator's can break
+
+    step("join the network namespace")
+    if entry.network == "none":
+        syscalls.setns(prepared.net, syscalls.CLONE_NEWNET)
+    step("make the cgroup namespace")
+    syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its root is the group that clone3 put us in
+    step("clone the IPC directory")
+    ipc_mount = None if entry.ipc is None else ipc.clone(entry.ipc, prepared.user)  # while still the host's peer
+    step("make the mounts private")
+    mounts.make_private()
+    step("map the lowers")
+    mounts.map_lowers(entry.lowers, prepared.user)
+    step("mount the overlay")
+    root = mounts.mount_overlay(entry.lowers, entry.upper, entry.workdir, entry.overlay, volatile=entry.volatile)
+    step("mount /proc and /sys")
+    mounts.mount_kernel_views(root, owner)
+    step("make /dev")
+    devices.make(root, owner, entry.tmpfs.get("shm", 1 << 26))
+    step("mount /tmp")
+    mounts.mount_tmpfs(root, "tmp", owner, "1777", entry.tmpfs.get("tmp", 1 << 26))
+    step("mask /proc and /sys")
+    masking.apply(root)
+    step("bind /home")
+    _bind_home(root, entry, prepared.user)
+    step("bind the IPC directory")
+    if ipc_mount is not None:
+        mounts.attach(root, ipc.TARGET, ipc_mount, owner)
+    step("bind the extra directories")
+    _bind_extras(root, entry, prepared.user)
+    step("make the terminal")
+    slave = _make_terminal(root, entry, messages) if prepared.terminal else None
+    step("enter the root")
+    mounts.enter(root)  # pivot_root, and the old root detached
+    step("set the hostname")
+    syscalls.sethostname(entry.hostname)
+    step("set the resource limits")
+    rlimits.apply(entry.rlimits)  # before the host's root is given up: a tenant can't raise what it is given
+
+    step("join the user namespace")
+    syscalls.setns(prepared.user, syscalls.CLONE_NEWUSER)  # last of all namespaces: its capabilities count for no mount
+    step("take the tenant's ids")
+    _take_ids(entry)
+    step("drop the capabilities")
+    kept = capabilities.mask(entry.capabilities)
+    capabilities.keep_only(kept, prepared.highest_capability)
+    step("set no_new_privs")
+    syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
+    # (Landlock: here, while files can still be named)
+    step("verify")
+    verify.inside(entry, prepared.host_namespaces, kept)
+    step("close the inherited descriptors")
+    if slave is not None:
+        terminal.become_controlling(slave)
+    syscalls.close_range_on_exec(3)
+    # (seccomp: here, when nothing but execve is left to do)
+    step("execute")
+    _execute(entry)
+
+
+def _bind_home(root: int, entry: Entry, user: int) -> None:
+    clone = entry.home_fd
+    if clone is None:
+        clone = mounts.clone_idmapped(entry.home, user, syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV)
+    mounts.attach(root, "home", clone, entry.uid_base)
+
+
+def _bind_extras(root: int, entry: Entry, user: int) -> None:
+    if entry.network == "host":
+        mounts.bind_file(root, "etc/resolv.conf", "/etc/resolv.conf")
+    for bind in entry.binds:
+        attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
+        if bind.read_only:
+            attributes |= syscalls.MOUNT_ATTR_RDONLY
+        if bind.idmap:
+            clone = mounts.clone_idmapped(bind.source, user, attributes)
+        else:
+            clone = mounts.clone_plain(bind.source, attributes)
+        mounts.attach(root, bind.target.removeprefix("/"), clone, entry.uid_base)
+
+
+def _make_terminal(root: int, entry: Entry, messages: _socket.socket) -> int:
+    master, slave = terminal.make(root, entry.uid_base)
+    channel.send_terminal(messages, master)
+    os.close(master)
+    return slave
+
+
+def _take_ids(entry: Entry) -> None:
+    os.setgroups([])
+    os.setresgid(entry.gid, entry.gid, entry.gid)
+    os.setresuid(entry.uid, entry.uid, entry.uid)
+
+
+def _execute(entry: Entry) -> None:
+    """execve(2) the tenant's program; raises IsochamberError with podman's exit code."""
+    os.chdir(entry.cwd)
+    for number in range(1, signal.NSIG):
+        # Python ignores SIGPIPE and SIGXFSZ; an ignored signal would survive the exec.
+        if number not in (signal.SIGKILL, signal.SIGSTOP) and not 32 <= number < signal.SIGRTMIN:
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    failure = _try_each(entry)
+    missing = failure.errno == errno.ENOENT
+    raise IsochamberError(
+        failure.strerror or str(failure),
+        stage="launch",
+        path=entry.argv[0],
+        errno=failure.errno,
+        hint="is it (or the interpreter that its first line names) in progs/, the layer or the base?"
+        if missing
+        else "is it executable, and for this architecture?",
+        exit_code=EXIT_NOT_FOUND if missing else EXIT_NOT_EXECUTABLE,
+    )
+
+
+def _try_each(entry: Entry) -> OSError:
+    """execve(2) along PATH as execvp(3): what may not be run is passed over, and told if nothing else is found."""
+    name = entry.argv[0]
+    if "/" in name:
+        directories = [""]
+    else:
+        directories = [f"{path}/" for path in entry.env.get("PATH", "/usr/bin:/bin").split(":") if path]
+    found = OSError(errno.ENOENT, "is not on the PATH")
+    for directory in directories:
+        try:
+            os.execve(directory + name, entry.argv, entry.env)  # noqa: S606 - an argv list, no shell
+        except OSError as error:
+            if directory and error.errno in (errno.ENOENT, errno.ENOTDIR):
+                continue
+            found = error
+            if error.errno != errno.EACCES:
+                break
+    return found

@@ -1,0 +1,354 @@
+"""System calls that Python does not offer: one typed function each, under its kernel name.
+
+The only module of the project that imports ctypes. Every function raises OSError
+with the path (or what stands for it); a call that the kernel does not have raises
+OSError(ENOSYS) whose text names the call and the kernel version that brought it.
+Sources: man pages, section 2, unless a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from errno import ENOSYS
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+# Numbers of calls that glibc 2.36 has no function for. From 424 on every architecture counts alike.
+_NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "armv7l": 218, "i686": 217}.get(os.uname().machine, -1)
+_NR_OPEN_TREE = 428
+_NR_MOVE_MOUNT = 429
+_NR_CLONE3 = 435
+_NR_CLOSE_RANGE = 436
+_NR_OPENAT2 = 437
+_NR_MOUNT_SETATTR = 442
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+AT_SYMLINK_NOFOLLOW = 0x100
+
+# mount(2)
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MNT_DETACH = 2
+
+# openat2(2)
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+# open_tree(2), move_mount(2), mount_setattr(2)
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x04
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MOUNT_ATTR_RDONLY = 0x01
+MOUNT_ATTR_NOSUID = 0x02
+MOUNT_ATTR_NODEV = 0x04
+MOUNT_ATTR_NOEXEC = 0x08
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR__ATIME = 0x70  # the field that NOATIME is a value of; it must be cleared to be set
+MOUNT_ATTR_IDMAP = 0x00100000
+
+# clone(2)
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_PIDFD = 0x1000
+CLONE_INTO_CGROUP = 0x200000000
+
+# prctl(2)
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_SET_SECUREBITS = 28
+PR_SET_NO_NEW_PRIVS = 38
+PR_GET_NO_NEW_PRIVS = 39
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+# fanotify(7)
+FAN_ACCESS = 0x1
+FAN_OPEN = 0x20
+FAN_Q_OVERFLOW = 0x4000
+FAN_OPEN_EXEC = 0x1000
+FAN_ONDIR = 0x40000000
+FAN_CLOEXEC = 0x1
+FAN_NONBLOCK = 0x2
+FAN_CLASS_NOTIF = 0
+FAN_UNLIMITED_QUEUE = 0x10
+FAN_UNLIMITED_MARKS = 0x20
+FAN_MARK_ADD = 0x1
+FAN_MARK_MOUNT = 0x10
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+_CLOSE_RANGE_CLOEXEC = 4
+
+_SINCE = {
+    "open_tree": "5.2", "move_mount": "5.2", "clone3": "5.3", "openat2": "5.6", "mount_setattr": "5.12",
+    "close_range": "5.11", "renameat2": "3.15", "fanotify_init": "2.6.37 with CONFIG_FANOTIFY", "syncfs": "2.6.39",
+}  # fmt: skip
+
+
+class _OpenHow(ctypes.Structure):
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+class _MountAttr(ctypes.Structure):
+    _fields_ = [
+        ("attr_set", ctypes.c_uint64),
+        ("attr_clr", ctypes.c_uint64),
+        ("propagation", ctypes.c_uint64),
+        ("userns_fd", ctypes.c_uint64),
+    ]
+
+
+class _CloneArgs(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in (
+            "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls", "set_tid",
+            "set_tid_size", "cgroup",
+        )
+    ]  # fmt: skip
+
+
+class _CapHeader(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class _CapData(ctypes.Structure):
+    _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+_c = ctypes
+for _name, _arguments in {
+    "mount": (_c.c_char_p, _c.c_char_p, _c.c_char_p, _c.c_ulong, _c.c_char_p),
+    "umount2": (_c.c_char_p, _c.c_int),
+    "setns": (_c.c_int, _c.c_int),
+    "unshare": (_c.c_int,),
+    "prctl": (_c.c_int, _c.c_ulong, _c.c_ulong, _c.c_ulong, _c.c_ulong),
+    "capset": (_c.POINTER(_CapHeader), _c.POINTER(_CapData)),
+    "sethostname": (_c.c_char_p, _c.c_size_t),
+    "syncfs": (_c.c_int,),
+    "renameat2": (_c.c_int, _c.c_char_p, _c.c_int, _c.c_char_p, _c.c_uint),
+    "fanotify_init": (_c.c_uint, _c.c_uint),
+    "fanotify_mark": (_c.c_int, _c.c_uint, _c.c_uint64, _c.c_int, _c.c_char_p),
+}.items():
+    getattr(_libc, _name).argtypes = _arguments
+    getattr(_libc, _name).restype = ctypes.c_int
+_libc.syscall.restype = ctypes.c_long
+
+
+def _checked(result: int, call: str, path: str | bytes | int | None) -> int:
+    if result >= 0:
+        return result
+    number = ctypes.get_errno()
+    text = os.strerror(number)
+    if number == ENOSYS and call in _SINCE:
+        text = f"this kernel has no {call}(2), Linux {_SINCE[call]} brought it"
+    name = os.fsdecode(path) if isinstance(path, bytes) else path
+    raise OSError(number, text, f"{call}" if name is None else f"{name}")
+
+
+def _syscall(number: int, call: str, path: str | bytes | int | None, *arguments: object) -> int:
+    if number < 0:
+        raise OSError(ENOSYS, f"the number of {call}(2) on {os.uname().machine} is not known", call)
+    return _checked(int(_libc.syscall(ctypes.c_long(number), *arguments)), call, path)
+
+
+def _encoded(path: str | bytes) -> bytes:
+    return os.fsencode(path)
+
+
+def mount(source: str | None, target: str | bytes, fstype: str | None, flags: int = 0, data: str | None = None) -> None:
+    """mount(2)."""
+    _checked(
+        _libc.mount(
+            None if source is None else os.fsencode(source),
+            _encoded(target),
+            None if fstype is None else fstype.encode(),
+            flags,
+            None if data is None else os.fsencode(data),
+        ),
+        "mount",
+        target,
+    )
+
+
+def umount2(target: str | bytes, flags: int = 0) -> None:
+    """umount2(2)."""
+    _checked(_libc.umount2(_encoded(target), flags), "umount2", target)
+
+
+def pivot_root(new_root: str | bytes, put_old: str | bytes) -> None:
+    """pivot_root(2)."""
+    _syscall(
+        _NR_PIVOT_ROOT, "pivot_root", new_root, ctypes.c_char_p(_encoded(new_root)), ctypes.c_char_p(_encoded(put_old))
+    )
+
+
+def openat2(dir_fd: int, path: str | bytes, flags: int, mode: int = 0, resolve: int = 0) -> int:
+    """openat2(2), always close-on-exec; returns the descriptor."""
+    how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
+    return _syscall(
+        _NR_OPENAT2, "openat2", path,
+        ctypes.c_int(dir_fd), ctypes.c_char_p(_encoded(path)), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how)),
+    )  # fmt: skip
+
+
+def open_tree(dir_fd: int, path: str | bytes, flags: int) -> int:
+    """open_tree(2), always close-on-exec; with OPEN_TREE_CLONE the descriptor is a detached mount."""
+    return _syscall(
+        _NR_OPEN_TREE, "open_tree", path,
+        ctypes.c_int(dir_fd), ctypes.c_char_p(_encoded(path)), ctypes.c_uint(flags | OPEN_TREE_CLOEXEC),
+    )  # fmt: skip
+
+
+def move_mount(from_fd: int, to_fd: int, to_path: str | bytes = b"") -> None:
+    """move_mount(2): attach the detached mount ``from_fd`` at ``to_path`` below ``to_fd``, or on ``to_fd`` itself."""
+    flags = MOVE_MOUNT_F_EMPTY_PATH | (0 if to_path else MOVE_MOUNT_T_EMPTY_PATH)
+    _syscall(
+        _NR_MOVE_MOUNT, "move_mount", to_path or None,
+        ctypes.c_int(from_fd), ctypes.c_char_p(b""), ctypes.c_int(to_fd), ctypes.c_char_p(_encoded(to_path)),
+        ctypes.c_uint(flags),
+    )  # fmt: skip
+
+
+def mount_setattr(
+    fd: int, *, attributes: int = 0, clear: int = 0, propagation: int = 0, userns_fd: int = 0, recursive: bool = False
+) -> None:
+    """mount_setattr(2) on the mount that ``fd`` names; ``userns_fd`` counts with MOUNT_ATTR_IDMAP."""
+    attr = _MountAttr(attributes, clear, propagation, userns_fd)
+    _syscall(
+        _NR_MOUNT_SETATTR, "mount_setattr", None,
+        ctypes.c_int(fd), ctypes.c_char_p(b""), ctypes.c_uint(AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)),
+        ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)),
+    )  # fmt: skip
+
+
+def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
+    """clone3(2) without a new stack, as fork(2): returns (0, -1) in the child, (pid, pidfd) in the parent.
+
+    The caller must be single-threaded: no atfork handler of the C library runs.
+    """
+    pidfd = ctypes.c_int(-1)
+    if cgroup_fd is not None:
+        flags |= CLONE_INTO_CGROUP
+    sigchld = 17
+    arguments = _CloneArgs(
+        flags | CLONE_PIDFD,
+        ctypes.addressof(pidfd),
+        0,
+        0,
+        sigchld,
+        0,
+        0,
+        0,
+        0,
+        0,
+        cgroup_fd if cgroup_fd is not None else 0,
+    )
+    pid = _syscall(_NR_CLONE3, "clone3", None, ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)))
+    return (pid, pidfd.value) if pid else (0, -1)
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2)."""
+    _checked(_libc.setns(fd, kind), "setns", None)
+
+
+def unshare(flags: int) -> None:
+    """unshare(2)."""
+    _checked(_libc.unshare(flags), "unshare", None)
+
+
+def prctl(option: int, second: int = 0, third: int = 0, fourth: int = 0, fifth: int = 0) -> int:
+    """prctl(2)."""
+    return _checked(_libc.prctl(option, second, third, fourth, fifth), f"prctl {option}", None)
+
+
+def address(text: bytes) -> int:
+    """Return the address of ``text``'s bytes, for a call that takes a pointer as a number; ``text`` must stay alive."""
+    return ctypes.cast(ctypes.c_char_p(text), ctypes.c_void_p).value or 0
+
+
+def capset(effective: int, permitted: int, inheritable: int) -> None:
+    """capset(2), version 3: each argument is a mask of 64 bits."""
+    header = _CapHeader(0x20080522, 0)
+    data = (_CapData * 2)()
+    for half in (0, 1):
+        shift = 32 * half
+        data[half] = _CapData(
+            effective >> shift & 0xFFFFFFFF, permitted >> shift & 0xFFFFFFFF, inheritable >> shift & 0xFFFFFFFF
+        )
+    _checked(_libc.capset(ctypes.byref(header), data), "capset", None)
+
+
+def sethostname(name: str) -> None:
+    """sethostname(2)."""
+    encoded = name.encode()
+    _checked(_libc.sethostname(encoded, len(encoded)), "sethostname", name)
+
+
+def close_range_on_exec(first: int) -> None:
+    """close_range(2) with CLOSE_RANGE_CLOEXEC: every descriptor from ``first`` on closes at the exec."""
+    _syscall(
+        _NR_CLOSE_RANGE, "close_range", None,
+        ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(_CLOSE_RANGE_CLOEXEC),
+    )  # fmt: skip
+
+
+def syncfs(fd: int) -> None:
+    """syncfs(2); since Linux 5.8 it reports write-back errors."""
+    _checked(_libc.syncfs(fd), "syncfs", None)
+
+
+def rename_noreplace(source: str, target: str) -> None:
+    """renameat2(2) with RENAME_NOREPLACE: FileExistsError when ``target`` is there."""
+    _checked(
+        _libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE),
+        "renameat2",
+        target,
+    )
+
+
+def rename_exchange(first: str, second: str) -> None:
+    """renameat2(2) with RENAME_EXCHANGE: both must be there."""
+    _checked(
+        _libc.renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE),
+        "renameat2",
+        second,
+    )
+
+
+def fanotify_init(flags: int, event_flags: int) -> int:
+    """fanotify_init(2); returns the descriptor."""
+    return _checked(_libc.fanotify_init(flags, event_flags), "fanotify_init", None)
+
+
+def fanotify_mark(fd: int, flags: int, mask: int, dir_fd: int, path: str | None = None) -> None:
+    """fanotify_mark(2); without ``path`` the mark is on what ``dir_fd`` names."""
+    _checked(
+        _libc.fanotify_mark(fd, flags, mask, dir_fd, None if path is None else os.fsencode(path)), "fanotify_mark", path
+    )

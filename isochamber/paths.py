@@ -1,0 +1,59 @@
+"""Where things lie: the state directory and the run-time directory, as names only.
+
+Both halves agree on these names; nothing here touches a disk. Strings, because
+the run-time half does not pay for importing pathlib.
+"""
+
+import os
+
+DEFAULT_ROOT = "/var/lib/isochamber"
+DEFAULT_RUN = "/run/isochamber"
+DEFAULT_CGROUP = "isochamber"
+DEFAULT_IPC = "/tmp/tenant_ipc"  # noqa: S108 - the host daemon's directory, fixed by the original
+
+# Below the state directory.
+CONTAINERS = "containers.json"
+NAMESPACE = "namespace"  # the UUID that tids are made in, written once
+NEW_TENANTS = "new_tenants"
+BASES = "base_fs"
+LAYERS = "layers"
+TENANTS_FS = "tenants_fs"
+TENANTS_PERSIST = "tenants_persist"
+CACHE = "cache"
+STAGING = "staging"
+LOGS = "logs"  # one log a product: logs/<kind>-<name>.log
+
+# A base or a layer is a directory of three: ROOTFS is the lowerdir, MANIFEST is written last.
+ROOTFS = "rootfs"
+LAYER_HOME = "home"
+MANIFEST = "manifest.json"
+
+
+def run_directory() -> str:
+    """Return the directory for what a reboot may forget (``$ISOCHAMBER_RUN``, else /run/isochamber)."""
+    return os.environ.get("ISOCHAMBER_RUN") or DEFAULT_RUN
+
+
+def cgroup_parent() -> str:
+    """Return the cgroup that the tenants' own lie in (``$ISOCHAMBER_CGROUP``), below the root of each hierarchy."""
+    return os.environ.get("ISOCHAMBER_CGROUP") or DEFAULT_CGROUP
+
+
+def namespace_pin(tid: str, kind: str) -> str:
+    """Return where the namespace ``kind`` ("user" or "net") of ``tid`` is pinned."""
+    return f"{run_directory()}/ns/{tid}/{kind}"
+
+
+def tenant_lock(tid: str) -> str:
+    """Return the lock file that a running tenant's keeper holds (flock, exclusive)."""
+    return f"{run_directory()}/tenants/{tid}.lock"
+
+
+def tenant_record(tid: str) -> str:
+    """Return the pid record of a running tenant: JSON, ``pid``, ``keeper``, ``start_time``, ``cgroup``."""
+    return f"{run_directory()}/tenants/{tid}.json"
+
+
+def product_lock(state_id: str, product: str) -> str:
+    """Return the lock file under which ``product`` (for example ``layer-<digest>``) is built."""
+    return f"{run_directory()}/locks/{state_id}-{product}"

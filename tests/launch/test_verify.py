@@ -1,0 +1,170 @@
+"""The launcher fails closed: with any one step sabotaged it notices before the exec, and the tenant never runs.
+
+Each row is a positive control of one check in verify.py: the launcher itself, with one
+call taken out of its own process, must refuse what it then finds.
+"""
+
+import sys
+
+import pytest
+
+from isochamber import paths
+from tests.conftest import PROJECT
+from tests.launch import tenants
+from tests.launch.tenants import Tenant
+
+# What is put out of action, and what must be said about it.
+SABOTAGE = {
+    "no network namespace": (
+        "real = syscalls.setns\n"
+        "syscalls.setns = lambda fd, kind: None if kind == syscalls.CLONE_NEWNET else real(fd, kind)",
+        "the net namespace is still the host's",
+    ),
+    "no user namespace": (
+        "real = syscalls.setns\n"
+        "syscalls.setns = lambda fd, kind: None if kind == syscalls.CLONE_NEWUSER else real(fd, kind)",
+        "the user namespace is still the host's",
+    ),
+    "no cgroup namespace": (
+        "real = syscalls.unshare\n"
+        "syscalls.unshare = lambda flags: None if flags == syscalls.CLONE_NEWCGROUP else real(flags)",
+        "the cgroup namespace is still the host's",
+    ),
+    # Without a mount namespace of its own the tenant's side would take the launcher's root away: said, not done.
+    "no mount namespace": (
+        "real = verify.namespaces\nverify.namespaces = lambda: {**real(), 'mnt': 1}",
+        "the mnt namespace is still the host's",
+    ),
+    "no uts namespace": (
+        "real = verify.namespaces\nverify.namespaces = lambda: {**real(), 'uts': 1}",
+        "the uts namespace is still the host's",
+    ),
+    "no pid namespace": (
+        "real = verify.namespaces\nverify.namespaces = lambda: {**real(), 'pid': 1}",
+        "the pid namespace is still the host's",
+    ),
+    "no ipc namespace": ("start.TENANT_NAMESPACES &= ~syscalls.CLONE_NEWIPC", "the ipc namespace is still the host's"),
+    "no capabilities dropped": ("capabilities.keep_only = lambda kept, highest: None", "CapInh|CapPrm"),
+    "bounding set kept": ("syscalls.PR_CAPBSET_DROP = syscalls.PR_CAPBSET_READ", "CapBnd"),
+    "one capability forgotten": (
+        "real = capabilities.keep_only\ncapabilities.keep_only = lambda kept, highest: real(kept, highest - 1)",
+        "CapBnd",
+    ),
+    "privileges not given up": (
+        "real = syscalls.prctl\nsyscalls.prctl = lambda option, *rest: None if option == 38 else real(option, *rest)",
+        "no_new_privs is not set",
+    ),
+    "ids not taken": ("start._take_ids = lambda entry: None", "its ids are"),
+    "root not entered": ("mounts.enter = lambda root: None", "the root|is mounted and should not be|/ is a"),
+    "old root not detached": (
+        "real = syscalls.umount2\n"
+        "syscalls.umount2 = lambda target, flags=0: None if target == '.' else real(target, flags)",
+        "mounted|/ is a",
+    ),
+    "no fresh /tmp": (
+        "real = mounts.mount_tmpfs\n"
+        "mounts.mount_tmpfs = lambda root, path, *rest: None if path == 'tmp' else real(root, path, *rest)",
+        "/tmp is not mounted",
+    ),
+    "no fresh /dev": ("devices.make = lambda *rest: None", "/dev is not mounted|dev/null"),
+    "no /home": ("start._bind_home = lambda *rest: None", "/home is not mounted"),
+    "something more is mounted": (
+        "real = masking.apply\n"
+        "masking.apply = lambda root: (real(root), mounts.mount_tmpfs(root, 'mnt', 0, '755', 4096))",
+        "/mnt is mounted and should not be",
+    ),
+    "the host's own directory is shown": (
+        "real = start._bind_home\n"
+        "def bind(root, entry, user):\n"
+        "    real(root, entry, user)\n"
+        "    mounts.attach(root, 'srv', mounts.clone_plain('/etc', 1))\n"
+        "start._bind_home = bind",
+        "/srv is mounted and should not be",
+    ),
+}
+
+PROGRAM = """\
+import sys
+sys.path.insert(0, {project!r})
+from isochamber.launch import (
+    capabilities, devices, keeper, main, masking, mounts, pins, running, start, syscalls, verify,
+)
+{sabotage}
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def _launch(tenant: Tenant, sabotage: str) -> tenants.Done:
+    tenant.change(argv=["/bin/echo", "it ran"])
+    code = PROGRAM.format(project=str(PROJECT), sabotage=sabotage)
+    words = [sys.executable, "-I", "-S", "-c", code, "run", "--root", str(tenant.root), tenant.name]
+    # In a private copy of the host's mounts: some of the sabotage lets mounts through to where the launcher stands.
+    return tenants.run(["unshare", "-m", *words])
+
+
+def test_the_same_program_without_sabotage_starts_the_tenant(tenant: Tenant) -> None:
+    done = _launch(tenant, "")
+    assert (done.stdout, done.returncode) == ("it ran\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("name", SABOTAGE)
+def test_a_step_that_did_not_happen_is_noticed_before_the_tenant_runs(tenant: Tenant, name: str) -> None:
+    sabotage, reason = SABOTAGE[name]
+    done = _launch(tenant, sabotage)
+    assert "it ran" not in done.stdout
+    assert done.returncode == 125, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert tenant.name in line
+    assert any(part in line for part in reason.split("|")), line
+
+
+FAILING = (
+    "syscalls.setns", "syscalls.unshare", "mounts.make_private", "mounts.map_lowers", "mounts.mount_overlay",
+    "mounts.mount_kernel_views", "devices.make", "mounts.mount_tmpfs", "masking.apply", "start._bind_home",
+    "start._bind_extras", "mounts.enter", "syscalls.sethostname", "start.rlimits.apply", "start._take_ids",
+    "capabilities.keep_only", "verify.inside", "syscalls.close_range_on_exec", "start.pins.ensure",
+    "start.cgroup.make", "start.channel.send_started", "keeper._record",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("step", FAILING)
+def test_a_step_that_fails_stops_the_start_with_its_path_and_errno_and_leaves_nothing(
+    tenant: Tenant, step: str
+) -> None:
+    sabotage = f"def fail(*rest, **more):\n    raise OSError(5, 'Input/output error', '/the/path')\n{step} = fail"
+    done = _launch(tenant, sabotage)
+    assert "it ran" not in done.stdout
+    assert done.returncode == 125, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert tenant.name in line
+    assert "/the/path" in line or paths.namespace_pin(tenant.tid, "user") in line
+    assert "EIO" in line
+    assert tenant.processes() == []
+    assert tenant.group is None or not tenant.group.exists() or not (tenant.group / "cgroup.procs").read_text()
+    assert _launch(tenant, "").stdout == "it ran\n"
+
+
+def test_a_bug_of_ours_is_shown_and_the_tenant_does_not_run(tenant: Tenant) -> None:
+    done = _launch(tenant, "mounts.enter = lambda root: 1 // 0")
+    assert "it ran" not in done.stdout
+    assert done.returncode == 125
+    assert "ZeroDivisionError" in done.stderr
+
+
+def test_clean_up_that_fails_is_said_and_does_not_change_the_tenants_status(tenant: Tenant) -> None:
+    if tenant.group is None:
+        pytest.skip("cgroup2")
+    sabotage = (
+        "from isochamber.launch import cgroup\n"
+        "def fail(group):\n    raise OSError(16, 'Device or resource busy', group)\n"
+        "real = keeper._clean\n"
+        "def clean(prepared, messages):\n    cgroup.remove = fail\n    real(prepared, messages)\n"
+        "keeper._clean = clean"
+    )
+    done = _launch(tenant, sabotage)
+    assert (done.returncode, done.stdout) == (0, "it ran\n")
+    (line,) = done.stderr.splitlines()
+    for part in (tenant.name, "clean up", str(tenant.group), "EBUSY"):
+        assert part in line
+    assert tenant.run("/bin/true").returncode == 0
+    assert not tenant.group.exists()
