@@ -1,0 +1,213 @@
+"""tenants.yaml and every package -> a Spec, or a SpecError with every problem at once. Nothing is written."""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from isochamber import paths
+from isochamber.errors import SpecError, printable
+from isochamber.spec import document, package, validate
+from isochamber.spec.document import Document
+from isochamber.spec.model import Base, Limits, Package, Spec, Tenant
+
+DEFAULT_BASE = "default"
+DEFAULT_MIRROR = "http://deb.debian.org/debian"
+SNAPSHOT_MIRROR = "http://snapshot.debian.org/archive/debian/{}"
+
+_LIMITS = {"tmp": 64 << 20, "shm": 64 << 20, "open_files": 1024, "install_seconds": 3600}
+_SIZES = ("tmp", "shm")
+
+# What uname(2) says -> what Debian says, for a 64-bit and a 32-bit userland.
+_ARCHITECTURES = {
+    "x86_64": ("amd64", "i386"), "aarch64": ("arm64", "armhf"), "armv7l": ("armhf", "armhf"), "i686": ("i386", "i386"),
+    "riscv64": ("riscv64", "riscv64"), "ppc64le": ("ppc64el", "ppc64el"), "s390x": ("s390x", "s390x"),
+}  # fmt: skip
+
+
+def host_architecture() -> str:
+    """Return Debian's name of this machine's architecture, as its userland counts."""
+    machine = os.uname().machine
+    return _ARCHITECTURES.get(machine, (machine, machine))[0 if sys.maxsize > 1 << 32 else 1]
+
+
+def _read(file: Path) -> Document:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise SpecError((f"{file}: can't be read: {error.strerror}",)) from None
+    return document.parse(str(file), content)
+
+
+def root_of(file: Path, root: Path | None = None) -> Path:
+    """Return the state directory: ``root``, else $ISOCHAMBER_ROOT, else ``root:`` of ``file``, else the default.
+
+    Only that is looked at: what is configured can be run and listed whatever else is
+    wrong in ``file``. Raises SpecError when ``file`` is needed and can't be read.
+    """
+    given = root or os.environ.get("ISOCHAMBER_ROOT")
+    if given:
+        return Path(given).absolute()
+    return _root_in(_read(file).value)
+
+
+def _root_in(value: Any) -> Path:
+    named = value.get("root") if isinstance(value, dict) else None
+    return Path(named) if isinstance(named, str) and named.startswith("/") else Path(paths.DEFAULT_ROOT)
+
+
+def load(file: Path, root: Path | None = None, only: str | None = None) -> Spec:
+    """Validate ``file`` and the packages it names or finds dropped; raises SpecError with every problem.
+
+    With ``only`` (a name or a tid), other tenants' packages are left out, so that one
+    hostile package does not stop the operator from running the others.
+    """
+    return _Loader(file, root, only).load()
+
+
+class _Loader:
+    """One loading: the document, the problems so far."""
+
+    def __init__(self, file: Path, root: Path | None, only: str | None) -> None:
+        self._file, self._only = file, only
+        self._document = _read(file)
+        if self._document.value is None and not self._document.problems:
+            self._document.value = {}  # an empty file has no tenants
+        given = root or os.environ.get("ISOCHAMBER_ROOT")
+        self._root = Path(given).absolute() if given else _root_in(self._document.value)
+        self._lines: list[tuple[int, int, str]] = []
+        self._foreign: list[str] = []  # problems in other files
+
+    def load(self) -> Spec:
+        for place, path, what in self._document.problems:
+            self._problem(path, what, (place.line, place.column))
+        if not self._lines:
+            for path, what in validate.problems("tenants", self._document.value):
+                self._problem(path, what)
+        if self._lines:
+            self._raise()
+        value: Mapping[str, Any] = self._document.value
+        bases = self._bases(value.get("bases") or {})
+        tenants = dict(self._tenants(value, bases))
+        if self._lines or self._foreign:
+            self._raise()
+        return Spec(self._file, self._root, bases, tenants)
+
+    def _problem(self, path: tuple[object, ...], what: str, where: tuple[int, int] | None = None) -> None:
+        place = self._document.place(path)
+        line, column = where or (place.line, place.column)
+        tenant = f"{printable(path[1])}: " if len(path) > 1 and path[0] == "tenants" else ""
+        self._lines.append((line, column, f"{self._file}:{line}:{column}: {tenant}{what}"))
+
+    def _raise(self) -> None:
+        ordered = [text for _, _, text in sorted(self._lines)]
+        raise SpecError(tuple(dict.fromkeys([*ordered, *self._foreign])))
+
+    def _bases(self, value: Mapping[str, Any]) -> dict[str, Base]:
+        return {name: self._base(name, value.get(name) or {}) for name in dict.fromkeys([DEFAULT_BASE, *value])}
+
+    def _base(self, name: str, value: Mapping[str, Any]) -> Base:
+        files = {}
+        for inside, source in value.get("files", {}).items():
+            path = self._file.parent / source
+            if not path.is_file():
+                self._problem(
+                    ("bases", name, "files", inside), f"{printable(path)} is not a file, must be one of the host's"
+                )
+            files[inside] = path
+        if "snapshot" in value and "mirror" in value:
+            self._problem(("bases", name, "snapshot"), "a snapshot is its own mirror, leave one of the two out")
+        return Base(
+            name=name,
+            tool=value.get("tool", "mmdebstrap"),
+            suite=value.get("suite", "bookworm"),
+            mirror=value.get("mirror", DEFAULT_MIRROR),
+            snapshot=value.get("snapshot"),
+            variant=value.get("variant", "minbase"),
+            architecture=value.get("arch") or host_architecture(),
+            packages=tuple(sorted(set(value.get("packages", ())))),
+            files=dict(sorted(files.items())),
+        )
+
+    def _tenants(self, value: Mapping[str, Any], bases: Mapping[str, Base]) -> Iterator[tuple[str, Tenant]]:
+        named: Mapping[str, Any] = value.get("tenants") or {}
+        defaults: Mapping[str, Any] = value.get("defaults") or {}
+        if defaults.get("base", DEFAULT_BASE) not in bases:
+            self._unknown_base(("defaults", "base"), defaults["base"], bases)
+            return
+        for name in [*named, *self._dropped(set(named))]:
+            if self._only is not None and not self._is_only(name):
+                continue
+            own: Mapping[str, Any] = named.get(name) or {}
+            if not package.is_name(name):
+                self._problem(
+                    ("tenants", name), f"is no name for a tenant, must match {package.NAME.pattern} and be no tid"
+                )
+                continue
+            base = own.get("base", defaults.get("base", DEFAULT_BASE))
+            if base not in bases:
+                self._unknown_base(("tenants", name, "base"), base, bases)
+                continue
+            found = self._package(name, own)
+            if found is not None:
+                place = self._document.places.get(("tenants", name))
+                yield name, _tenant(name, base, found, own, defaults, place)
+
+    def _is_only(self, name: str) -> bool:
+        if name == self._only:
+            return True
+        # A tid: only the state directory can say whose it is, so every package counts.
+        return self._only is not None and len(self._only) == 32
+
+    def _unknown_base(self, path: tuple[object, ...], base: str, bases: Mapping[str, Base]) -> None:
+        self._problem(path, f"there is no base {printable(base)}, allowed: {', '.join(sorted(bases))}")
+
+    def _dropped(self, named: set[str]) -> list[str]:
+        """Return the packages in new_tenants/ that tenants.yaml does not name; hidden ones are being copied still."""
+        directory = self._root / paths.NEW_TENANTS
+        try:
+            found = sorted(entry.name for entry in os.scandir(directory))
+        except OSError:
+            return []
+        names = []
+        for name in found:
+            if name.startswith(".") or name in named:
+                continue
+            if package.is_name(name):
+                names.append(name)
+            elif self._only is None:
+                text = f"{directory}/{printable(name)}: is no name for a tenant, must match {package.NAME.pattern}"
+                self._foreign.append(text)
+        return names
+
+    def _package(self, name: str, own: Mapping[str, Any]) -> Package | None:
+        given = own.get("package")
+        directory = self._file.parent / given if given else self._root / paths.NEW_TENANTS / name
+        try:
+            return package.read(Path(os.path.normpath(directory)), name)
+        except SpecError as error:
+            if given and not directory.is_dir():
+                self._problem(("tenants", name, "package"), f"{printable(directory)} is not a directory")
+            else:
+                self._foreign.extend(error.problems)
+            return None
+
+
+def _tenant(
+    name: str, base: str, found: Package, own: Mapping[str, Any], defaults: Mapping[str, Any], place: Any
+) -> Tenant:
+    limits = {**_LIMITS, **defaults.get("limits", {}), **own.get("limits", {})}
+    for key in _SIZES:
+        limits[key] = validate.parse_size(limits[key])
+    ipc = own.get("ipc", defaults.get("ipc", "required"))
+    return Tenant(
+        name=name,
+        base=base,
+        package=found,
+        ipc={"required": paths.DEFAULT_IPC, "none": None}.get(ipc, ipc),
+        network=own.get("network", defaults.get("network", "none")),
+        limits=Limits(**limits),
+        install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},
+        place=place,
+    )

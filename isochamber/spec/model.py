@@ -1,0 +1,106 @@
+"""The validated spec: frozen dataclasses that everything to the right reads.
+
+They are made by :mod:`isochamber.spec.load` and by tests; they can be printed and
+compared, and hold no open files.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Place:
+    """Where in an input file a value was written: 1-based line and column, as editors count."""
+
+    file: str
+    line: int
+    column: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}"
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """One ``bases:`` entry: what a bootstrap tool is asked to make."""
+
+    name: str
+    tool: str  # "mmdebstrap" or "debootstrap"
+    suite: str
+    mirror: str
+    snapshot: str | None  # a timestamp of snapshot.debian.org; replaces mirror when set
+    variant: str
+    architecture: str  # Debian's name, e.g. "amd64"
+    packages: tuple[str, ...]  # sorted, unique
+    files: Mapping[str, Path]  # absolute path inside the base -> the operator's file on the host
+
+
+@dataclass(frozen=True, slots=True)
+class ProgFile:
+    """One entry of a package's ``progs/``, as the walk saw it (no content was read).
+
+    ``path`` is relative to ``progs/``, with ``/``. ``kind`` is "file" or "directory";
+    nothing else is let in. ``identity`` is what fstat(2) said: a file whose identity
+    differs when it is opened later was changed in between.
+    """
+
+    path: str
+    kind: str
+    executable: bool
+    size: int  # bytes
+    identity: tuple[int, int, int, int, int]  # st_dev, st_ino, st_size, st_mtime_ns, st_ctime_ns
+
+
+@dataclass(frozen=True, slots=True)
+class Package:
+    """What a tenant handed in: config.json, validated, and the list of its progs/."""
+
+    directory: Path  # absolute
+    cname: str
+    dependencies: str  # the install script as the tenant sees it ("/home/install_deps.sh"), or ""
+    init: str | tuple[str, ...]  # as written
+    argv: tuple[str, ...]  # init split into words
+    env: Mapping[str, str]
+    inputs: tuple[str, ...] | None  # paths below progs/ the install script may see; None: all
+    progs: tuple[ProgFile, ...]  # sorted by path
+
+    @property
+    def script(self) -> str | None:
+        """The install script's path relative to progs/, or None when there is nothing to install."""
+        return self.dependencies.removeprefix("/home/") or None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What this version enforces. Sizes in bytes, counts as numbers."""
+
+    tmp: int  # size of /tmp's tmpfs
+    shm: int  # size of /dev/shm's tmpfs
+    open_files: int  # RLIMIT_NOFILE, soft and hard
+    install_seconds: int  # an install script that runs longer is killed
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """One tenant: the operator's grants joined with its package."""
+
+    name: str
+    base: str  # a key of Spec.bases
+    package: Package
+    ipc: str | None  # host directory bound at /tmp/tenant_ipc, or None for "ipc: none"
+    network: str  # "none" or "host"
+    limits: Limits
+    install_env: Mapping[str, str]  # added to the install script's environment (a proxy, say)
+    place: Place | None = None  # None: dropped into new_tenants/ and not named in tenants.yaml
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Everything that was asked for, validated as a whole."""
+
+    file: Path  # tenants.yaml
+    root: Path  # the state directory, absolute
+    bases: Mapping[str, Base]
+    tenants: Mapping[str, Tenant]
+    warnings: tuple[str, ...] = field(default=())

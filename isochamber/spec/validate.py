@@ -1,0 +1,140 @@
+"""A document against its cerberus schema: every problem with its place, and what is allowed instead."""
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import cerberus
+import yaml
+from cerberus import errors
+
+from isochamber.errors import printable
+
+SCHEMAS = Path(__file__).parents[2] / "schemas"
+
+_SIZE = re.compile(r"[0-9]{1,15}([KMG]?)")
+_FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_LARGEST_SIZE = 1 << 46
+
+_TYPES = {
+    "string": "a text", "integer": "a whole number", "dict": "a mapping", "list": "a list", "boolean": "true or false",
+}  # fmt: skip
+
+Problem = tuple[tuple[object, ...], str]  # document path, "what, what is allowed"
+
+
+def parse_size(value: object) -> int | None:
+    """Return bytes for an int or a text such as 64M, None for anything else or out of range."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value if 0 < value <= _LARGEST_SIZE else None
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return None
+    size = int(str(value).rstrip("KMG")) * _FACTOR[match[1]]
+    return size if 0 < size <= _LARGEST_SIZE else None
+
+
+class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no types
+    """cerberus with the few checks that a pattern can't say."""
+
+    def _check_with_size(self, field: str, value: object) -> None:
+        if parse_size(value) is None:
+            self._error(field, "a size in bytes above 0, or a number with K, M or G, such as 64M")
+
+    def _check_with_inside(self, field: str, value: str) -> None:
+        parts = value.split("/")
+        if parts[0] or len(parts) < 2 or not all(parts[1:]) or {".", ".."} & set(parts) or printable(value) != value:
+            self._error(field, "an absolute path inside the base, without . and ..")
+
+    def _check_with_words(self, field: str, value: object) -> None:
+        try:
+            words = shlex.split(value) if isinstance(value, str) else value
+        except ValueError as error:
+            self._error(field, f"words as a shell would split them ({error})")
+            return
+        if not isinstance(words, list) or not words or not words[0]:
+            self._error(field, "at least the program's path")
+        elif not all(isinstance(word, str) and "\0" not in word for word in words):
+            self._error(field, "texts without NUL")
+
+
+@cache
+def schema(name: str) -> Mapping[str, Any]:
+    """Return the cerberus schema ``schemas/<name>.yaml``, ours and trusted."""
+    loaded: Mapping[str, Any] = yaml.load(
+        (SCHEMAS / f"{name}.yaml").read_text(),
+        Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader),  # noqa: S506 - both are safe
+    )
+    return loaded
+
+
+@cache
+def _validator(name: str) -> _Validator:
+    return _Validator(schema(name))
+
+
+def problems(name: str, value: object) -> list[Problem]:
+    """Return what is wrong with ``value`` against the schema ``name``, in document order."""
+    if not isinstance(value, dict):
+        return [((), "must be a mapping")]
+    validator = _validator(name)
+    if validator.validate(value):
+        return []
+    return [problem for error in validator._errors for problem in _explain(name, error)]
+
+
+def _explain(name: str, error: errors.ValidationError) -> Iterator[Problem]:
+    if error.is_group_error:
+        for child in error.child_errors:
+            yield from _explain(name, child)
+        return
+    path = tuple(error.document_path)
+    if error.code == errors.UNKNOWN_FIELD.code:
+        yield path, f"unknown key {printable(path[-1])}{_instead(name, path)}"
+    elif error.code == errors.REQUIRED_FIELD.code:
+        yield path[:-1], f"the key {path[-1]} is missing"
+    else:
+        yield path, f"{_shown(error)}, {_allowed(error)}"
+
+
+def _shown(error: errors.ValidationError) -> str:
+    text = printable(error.value)
+    return f"{printable(error.document_path[-1])}: {text if len(text) <= 60 else text[:57] + '...'} is not allowed"
+
+
+def _allowed(error: errors.ValidationError) -> str:
+    if error.code == errors.BAD_TYPE.code:
+        types = error.constraint if isinstance(error.constraint, list | tuple) else [error.constraint]
+        return "must be " + " or ".join(_TYPES[kind] for kind in types)
+    if error.code == errors.NOT_NULLABLE.code:
+        return "must not be empty"
+    if error.code in (errors.UNALLOWED_VALUE.code, errors.UNALLOWED_VALUES.code):
+        return "allowed: " + ", ".join(printable(value) or "blank" for value in error.constraint)
+    if error.code == errors.REGEX_MISMATCH.code:
+        return f"must match {error.constraint.removesuffix(chr(92) + 'Z')}"
+    if error.code == errors.MIN_VALUE.code:
+        return f"must be at least {error.constraint}"
+    if error.code == errors.MAX_VALUE.code:
+        return f"must be at most {error.constraint}"
+    return "must be " + "; ".join(map(str, error.info))
+
+
+def _instead(name: str, path: tuple[object, ...]) -> str:
+    allowed = sorted(_keys_at(schema(name), path[:-1]))
+    close = difflib.get_close_matches(str(path[-1]), allowed, 1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    return f"{meant}, allowed: {', '.join(allowed)}"
+
+
+def _keys_at(rules: Mapping[str, Any], path: tuple[object, ...]) -> Mapping[str, Any]:
+    """Return the keys, with their rules, that the schema knows for the mapping at ``path``."""
+    rule: Mapping[str, Any] = {"schema": rules}
+    for part in path:
+        rule = rule["schema"][part] if "schema" in rule else rule["valuesrules"]
+    return dict(rule.get("schema", {}))
