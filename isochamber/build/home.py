@@ -1,0 +1,273 @@
+"""/home: progs/ and what the install script left there, deployed by manifest, never over what the tenant made.
+
+The manifest beside /home lists what we deployed. A file there that is not what we
+deployed is the tenant's, and stays. The tenant may be running, and may be swapping
+directories for symlinks while we work: every path is opened below /home's own
+descriptor without following any link, and a file arrives by rename.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from isochamber import paths
+from isochamber.build import contents, durable, identity, locks, manifest, tree
+from isochamber.build.inputs import Inputs
+from isochamber.build.progress import Reporter
+from isochamber.build.state import State
+from isochamber.errors import IsochamberError
+from isochamber.launch import syscalls
+from isochamber.spec import package as packages
+from isochamber.spec.model import Tenant
+
+_BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
+_MANIFEST = "home.manifest.json"
+
+LAYER = "layer "  # marks a digest whose content comes from the layer's home/
+LINK = "-> "  # a symlink that an install script left: the rest is its target
+REMOVED = "home_removed"  # keys of a layer's manifest.extra
+LEFT = "home"
+
+Deployed = dict[str, list[str]]  # path -> digests that are ours; the last is the newest
+
+
+@dataclass(frozen=True, slots=True)
+class Desired:
+    """What /home is to hold: path -> digest as :mod:`contents` writes it; LAYER marks where the bytes come from."""
+
+    files: Mapping[str, str]
+    layer: str | None
+
+    def digest(self) -> str:
+        """Return the digest that the manifest records."""
+        return Inputs.of(self.files).digest()
+
+
+def desired(state: State, own: Mapping[str, str], layer: str | None) -> Desired:
+    """Join progs/ (``own``) with what the layer's install script left in /home, which comes on top."""
+    if layer is None:
+        return Desired(dict(own), None)
+    extra = manifest.read(state.layer(layer)).extra
+    removed = set(extra.get(REMOVED, ()))
+    files = {path: digest for path, digest in own.items() if path not in removed}
+    for path, digest in dict(extra.get(LEFT, {})).items():
+        files[path] = digest if digest == contents.DIRECTORY or digest.startswith(LINK) else LAYER + digest
+    return Desired(files, layer)
+
+
+def _manifest_path(state: State, tid: str) -> Path:
+    return state.tenant_persist(tid) / _MANIFEST
+
+
+def _read_manifest(state: State, tid: str) -> tuple[str | None, Deployed]:
+    """Return the digest of what was deployed whole, and the files; a missing or damaged manifest knows nothing."""
+    try:
+        raw = json.loads(_manifest_path(state, tid).read_text())
+        return raw["desired"], {path: list(digests) for path, digests in raw["deployed"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None, {}
+
+
+def _write_manifest(state: State, tid: str, done: str | None, deployed: Mapping[str, list[str]]) -> None:
+    content = {"desired": done, "deployed": deployed}
+    durable.write_file(_manifest_path(state, tid), json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def current(state: State, tid: str, wanted: Desired) -> bool:
+    """Say whether ``wanted`` was deployed whole; /home itself is the tenant's and is not looked at."""
+    return _read_manifest(state, tid)[0] == wanted.digest()
+
+
+def deploy(state: State, tenant: Tenant, tid: str, wanted: Desired, reporter: Reporter) -> None:
+    """Bring ``wanted`` into the tenant's /home; raises IsochamberError (stage "home").
+
+    What we are about to write is listed before it is written, so that after a cut our
+    own new file is not taken for the tenant's.
+    """
+    with locks.product_lock(state, f"tenant-{tid}", reporter.say):
+        try:
+            _, deployed = _read_manifest(state, tid)
+            ours = {path: [*digests[-1:]] for path, digests in deployed.items()}
+            for path, digest in wanted.files.items():
+                known = ours.setdefault(path, [])
+                if digest not in known:
+                    known.append(digest)
+            _write_manifest(state, tid, None, ours)
+            with _Deployment(state, tenant, tid, wanted, deployed, reporter) as deployment:
+                deployment.run(ours)
+            _write_manifest(state, tid, wanted.digest(), {path: [digest] for path, digest in wanted.files.items()})
+        except OSError as error:
+            raise IsochamberError.from_os(error, stage="home", tenant=tenant.name) from error
+
+
+class _Deployment:
+    """One deployment: /home, the staging directory, and what is known of both."""
+
+    def __init__(
+        self, state: State, tenant: Tenant, tid: str, wanted: Desired, former: Deployed, reporter: Reporter
+    ) -> None:
+        self._tenant, self._wanted, self._former, self._reporter = tenant, wanted, former, reporter
+        self._layer_home = state.layer(wanted.layer) / paths.LAYER_HOME if wanted.layer else None
+        self._progs = {prog.path: prog for prog in tenant.package.progs}
+        self._home = os.open(state.tenant_persist(tid) / identity.HOME, tree.DIRECTORY)
+        self._stage_context = durable.staging_directory(state.staging, f"home-{tid}")
+
+    def __enter__(self) -> Self:
+        self._stage = self._stage_context.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._home)
+        self._stage_context.__exit__(None, None, None)
+
+    def run(self, ours: Mapping[str, list[str]]) -> None:
+        """Place what is wanted, remove what no longer is, sync."""
+        for path in sorted(self._wanted.files):
+            digest = self._wanted.files[path]
+            if digest == contents.DIRECTORY:
+                self._place_directory(path)
+            else:
+                self._place_file(path, digest, ours.get(path, []))
+        for path in sorted(set(self._former) - set(self._wanted.files), reverse=True):
+            self._withdraw(path, self._former[path])
+        syscalls.syncfs(self._home)
+
+    def _note(self, path: str, what: str) -> None:
+        self._reporter.say(f"{self._tenant.name}: /home/{path}: {what}")
+
+    def _open(self, path: str, flags: int) -> int:
+        return syscalls.openat2(self._home, path or ".", flags | os.O_NOFOLLOW | os.O_NONBLOCK, resolve=_BENEATH)
+
+    def _parent(self, path: str) -> tuple[int, str] | None:
+        """Open the directory that ``path`` lies in, or return None when the tenant has put something else there."""
+        directory, _, name = path.rpartition("/")
+        try:
+            return self._open(directory, os.O_RDONLY | os.O_DIRECTORY), name
+        except OSError:
+            return None
+
+    def _place_directory(self, path: str) -> None:
+        found = self._parent(path)
+        if found is None:
+            return
+        parent, name = found
+        try:
+            os.mkdir(name, 0o755, dir_fd=parent)
+        except FileExistsError:
+            if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
+                self._note(path, "the tenant has something else there, it stays")
+        finally:
+            os.close(parent)
+
+    def _place_file(self, path: str, digest: str, ours: list[str]) -> None:
+        found = self._parent(path)
+        if found is None:
+            self._note(path, "the tenant has something else on the way there, it is not deployed")
+            return
+        parent, name = found
+        try:
+            there = self._what_is(path)
+            if there is None and self._former.get(path, [None])[-1] == digest:
+                return  # deployed before, and the tenant removed it
+            if there is not None and _plain(there) == _plain(digest):
+                return
+            if there is not None and _plain(there) not in map(_plain, ours):
+                self._note(path, "changed by the tenant, it stays")
+                return
+            staged = self._bring(path, digest)
+            os.rename(staged, name, dst_dir_fd=parent)
+        finally:
+            os.close(parent)
+
+    def _what_is(self, path: str) -> str | None:
+        """Return the digest of the regular file at ``path``, "other" for anything else, None for nothing."""
+        try:
+            descriptor = self._open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        except OSError:
+            return self._link_at(path) or "other"  # "other": a socket, a FIFO that nobody writes
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
+                return "other"
+            return contents.digest_with_mode(manifest.hash_descriptor(descriptor), status.st_mode)
+        finally:
+            os.close(descriptor)
+
+    def _link_at(self, path: str) -> str | None:
+        found = self._parent(path)
+        if found is None:
+            return None
+        parent, name = found
+        try:
+            return LINK + os.readlink(name, dir_fd=parent)
+        except OSError:
+            return None
+        finally:
+            os.close(parent)
+
+    def _bring(self, path: str, digest: str) -> Path:
+        """Copy the wanted content into staging, checked against its digest, and return where it is."""
+        target = self._stage / "file"
+        if digest.startswith(LINK):
+            target.symlink_to(digest.removeprefix(LINK))
+            return target
+        source = self._open_source(path, digest)
+        try:
+            with os.fdopen(source, "rb") as reading, target.open("wb") as writing:
+                while chunk := reading.read(1 << 20):
+                    writing.write(chunk)
+                writing.flush()
+                os.fchmod(writing.fileno(), 0o755 if contents.is_executable(digest) else 0o644)
+            with target.open("rb") as copied:
+                if manifest.hash_descriptor(copied.fileno()) != contents.content_of(_plain(digest)):
+                    raise IsochamberError(
+                        "changed while it was copied",
+                        stage="home",
+                        tenant=self._tenant.name,
+                        path=path,
+                        hint="run ./doit again",
+                    )
+        except BaseException:
+            target.unlink(missing_ok=True)
+            raise
+        return target
+
+    def _open_source(self, path: str, digest: str) -> int:
+        if digest.startswith(LAYER):
+            if self._layer_home is None:
+                raise RuntimeError("a layer's file without a layer")
+            return os.open(self._layer_home / path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return packages.open_prog(self._tenant.package, self._progs[path])
+
+    def _withdraw(self, path: str, ours: list[str]) -> None:
+        """Remove what left progs/, if it is still what we deployed; a directory if it is empty."""
+        found = self._parent(path)
+        if found is None:
+            return
+        parent, name = found
+        try:
+            if ours[-1:] == [contents.DIRECTORY]:
+                os.rmdir(name, dir_fd=parent)
+                return
+            there = self._what_is(path)
+            if there is not None and _plain(there) in map(_plain, ours):
+                os.unlink(name, dir_fd=parent)
+            elif there is not None:
+                self._note(path, "left progs/, but the tenant changed it: it stays")
+        except OSError:
+            pass  # not empty, or the tenant was quicker: it is its own
+        finally:
+            os.close(parent)
+
+
+_LARGEST = 1 << 34  # bytes: a larger file was not deployed by us, so it is not hashed
+
+
+def _plain(digest: str) -> str:
+    return digest.removeprefix(LAYER)

@@ -1,0 +1,39 @@
+"""Locks between doit processes: one builder a product, the second waits and says for what."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from isochamber import paths
+from isochamber.build.state import State
+from isochamber.errors import IsochamberError
+
+
+@contextlib.contextmanager
+def product_lock(state: State, product: str, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold the lock of ``product`` (``layer-<recipe>``, ``containers``) for the block; flock(2), so death frees it.
+
+    When another process holds it, ``say`` is called once with what is waited for
+    and who has it, then the call waits. The file stays: removing it would let two
+    processes lock two files of one name.
+    """
+    path = Path(paths.product_lock(state.identifier, product))
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise IsochamberError.from_os(error, stage="lock", hint="run as root, or set ISOCHAMBER_RUN") from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
+            say(f"waiting for {product}, which process {holder or '?'} is building")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,159 @@
+"""One tenant's way from spec to entry: what is current, and what makes it so.
+
+The task graph and the command line both go through here, so that they can't
+disagree. Every ``*_current`` only reads (it may remember content digests in
+cache/), every ``make_*`` does the work and may be called again.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from isochamber.build import base, contents, entry, home, identity, layer, registry
+from isochamber.build.identity import Identity
+from isochamber.build.progress import Reporter
+from isochamber.build.state import State
+from isochamber.errors import IsochamberError
+from isochamber.spec.model import Base, Package, Spec, Tenant
+
+
+class Pipeline:
+    """A spec, its state directory, and what was already computed in this process."""
+
+    def __init__(self, spec: Spec, reporter: Reporter) -> None:
+        self.spec = spec
+        self.state = State(spec.root)
+        self.reporter = reporter
+        self._contents: dict[str, Mapping[str, str]] = {}
+        self._bases: dict[str, str] = {}
+
+    # The spec's nouns.
+
+    def tenant(self, name: str) -> Tenant:
+        """Return the tenant called ``name``; KeyError is a bug of ours, names come from the spec."""
+        return self.spec.tenants[name]
+
+    def _base_of(self, tenant: Tenant) -> Base:
+        return self.spec.bases[tenant.base]
+
+    def contents_of(self, package: Package) -> Mapping[str, str]:
+        """Return the content digests of a package's progs/, hashed at most once a process."""
+        key = str(package.directory)
+        if key not in self._contents:
+            self._contents[key] = contents.digests(self.state, package)
+        return self._contents[key]
+
+    def _file_digest(self, path: Path) -> str:
+        return contents.file_digest(self.state, path)
+
+    # base_fs
+
+    def base_product(self, name: str) -> str:
+        """Return ``<name>-<digest>`` of the base ``name`` as the spec wants it now."""
+        if name not in self._bases:
+            self._bases[name] = base.product(self.spec.bases[name], self._file_digest)
+        return self._bases[name]
+
+    def base_current(self, name: str) -> bool:
+        """Say whether that base is on disk."""
+        return base.exists(self.state, self.base_product(name))
+
+    def make_base(self, name: str) -> None:
+        """Build it; raises IsochamberError (stage "base")."""
+        self.state.create()
+        base.build(self.state, self.spec.bases[name], self._file_digest, self.reporter)
+
+    # dirs
+
+    def identity_of(self, name: str) -> Identity | None:
+        """Return the tenant's tid and uid range, or None while it has none."""
+        return identity.find(self.state, name)
+
+    def make_dirs(self, name: str) -> None:
+        """Give the tenant a tid, a uid range and its directories; raises IsochamberError (stage "dirs")."""
+        self.state.create()
+        identity.ensure(self.state, name)
+
+    def _require_identity(self, name: str) -> Identity:
+        found = self.identity_of(name)
+        if found is None:
+            raise IsochamberError("has no directories yet", stage="dirs", tenant=name, hint=f"doit dirs:{name}")
+        return found
+
+    # install_deps
+
+    def layer_product(self, name: str) -> str | None:
+        """Return the layer that serves ``name`` now, or None: no dependencies, or not built yet."""
+        tenant = self.tenant(name)
+        own = self.contents_of(tenant.package)
+        recipe = layer.recipe(tenant, self.base_product(tenant.base), own)
+        return None if recipe is None else layer.find(self.state, tenant, recipe, own)
+
+    def layer_current(self, name: str) -> bool:
+        """Say whether nothing is to be installed, or the layer is on disk."""
+        return not self.tenant(name).package.dependencies or self.layer_product(name) is not None
+
+    def make_layer(self, name: str) -> None:
+        """Run the install script in its sandbox and seal what it added; raises IsochamberError (stage "layer")."""
+        tenant = self.tenant(name)
+        layer.build(
+            self.state,
+            tenant,
+            self.base_product(tenant.base),
+            self.contents_of(tenant.package),
+            self._require_identity(name),
+            self.reporter,
+            former_product=self._former_layer(name),
+        )
+
+    def _former_layer(self, name: str) -> str | None:
+        found = self.identity_of(name)
+        former = None if found is None else registry.read(self.state).get(found.tid)
+        return None if former is None else entry.layer_product(former)
+
+    # home
+
+    def _desired_home(self, name: str) -> home.Desired | None:
+        """Return what /home is to hold, or None while the layer it depends on is missing."""
+        if not self.layer_current(name):
+            return None
+        return home.desired(self.state, self.contents_of(self.tenant(name).package), self.layer_product(name))
+
+    def home_current(self, name: str) -> bool:
+        """Say whether the manifest beside /home records what is wanted now."""
+        found, wanted = self.identity_of(name), self._desired_home(name)
+        return found is not None and wanted is not None and home.current(self.state, found.tid, wanted)
+
+    def make_home(self, name: str) -> None:
+        """Deploy progs/ and the layer's /home by manifest; raises IsochamberError (stage "home")."""
+        wanted = self._desired_home(name)
+        if wanted is None:
+            raise IsochamberError("its layer is missing", stage="home", tenant=name, hint=f"doit install_deps:{name}")
+        home.deploy(self.state, self.tenant(name), self._require_identity(name).tid, wanted, self.reporter)
+
+    # configure
+
+    def wanted_entry(self, name: str) -> dict[str, object] | None:
+        """Return the entry as it should stand in containers.json, or None while a part of it is missing."""
+        tenant, found = self.tenant(name), self.identity_of(name)
+        if found is None or not self.base_current(tenant.base) or not self.layer_current(name):
+            return None
+        return entry.make(
+            self.state,
+            tenant,
+            found,
+            self.base_product(tenant.base),
+            self.layer_product(name),
+            self.contents_of(tenant.package),
+        )
+
+    def configured(self, name: str) -> bool:
+        """Say whether containers.json holds that entry, and the upper belongs to its lowers."""
+        wanted = self.wanted_entry(name)
+        return wanted is not None and entry.current(self.state, wanted)
+
+    def configure(self, name: str) -> None:
+        """Write the entry, with a fresh upper when the lowers changed; raises IsochamberError (stage "configure")."""
+        wanted = self.wanted_entry(name)
+        if wanted is None:
+            raise IsochamberError("its base, layer or directories are missing", stage="configure", tenant=name)
+        entry.put(self.state, wanted, self.reporter)

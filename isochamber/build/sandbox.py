@@ -1,0 +1,116 @@
+"""The sandbox that an install script runs in: the tenant's own isolation, with network and a throw-away upper."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from isochamber import paths
+from isochamber.build import process, registry
+from isochamber.build.entry import PATH
+from isochamber.build.identity import UID_COUNT, Identity, make_owned
+from isochamber.build.process import Outcome
+from isochamber.build.progress import Product
+from isochamber.build.state import State
+from isochamber.launch import capabilities, command, pins
+
+ENVIRONMENT = {
+    "PATH": PATH,
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "DEBIAN_FRONTEND": "noninteractive",
+    "container": "isochamber",
+}
+_LARGEST_FILE = 16 << 30  # bytes, holes counted
+_HOSTNAME = "isochamber-build"  # the host's own name is nobody's business
+
+
+@dataclass(frozen=True, slots=True)
+class Sandbox:
+    """A staging directory with upper, workdir, overlay and home in it, for one run over one base."""
+
+    state: State
+    stage: Path
+    who: Identity
+    base_product: str
+
+    @property
+    def upper(self) -> Path:
+        """What the run adds to the base; owned by the tenant's ids until it is sealed."""
+        return self.stage / "upper"
+
+    @property
+    def packages(self) -> Path:
+        """A lower above the base, with .debs where apt looks for them; see :mod:`isochamber.build.debcache`."""
+        return self.stage / "packages"
+
+    @property
+    def home(self) -> Path:
+        """What the run sees as /home; owned by root on disk."""
+        return self.stage / "home"
+
+    def make(self) -> None:
+        """Make its directories; raises OSError."""
+        for name in ("upper", "workdir"):
+            make_owned(self.stage / name, self.who.uid_base)
+        for name in ("overlay", "home"):
+            (self.stage / name).mkdir(0o755)
+            (self.stage / name).chmod(0o755)
+
+    @property
+    def tid(self) -> str:
+        """The run's own id: the tenant may be running its former version meanwhile."""
+        return build_tid(self.who.tid)
+
+    def run(
+        self, argv: Sequence[str], env: Mapping[str, str], *, seconds: int, tenant: str, log: Path, product: Product
+    ) -> Outcome:
+        """Run ``argv`` to its end, killed after ``seconds``; nothing of it is left then. Raises OSError."""
+        plan = os.memfd_create("plan", os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(plan), "wb") as file:
+                file.write(json.dumps(self._plan(argv, env, seconds, tenant)).encode())
+            os.lseek(plan, 0, os.SEEK_SET)
+            words = command.argv("plan", "--root", str(self.state.root), "--fd", str(plan))
+            return process.run(words, log=log, product=product, pass_fds=(plan,))
+        finally:
+            os.close(plan)
+            pins.remove(self.tid)
+
+    def _plan(self, argv: Sequence[str], env: Mapping[str, str], seconds: int, tenant: str) -> dict[str, object]:
+        stage = self.state.relative(self.stage)
+        return {
+            "tid": self.tid,
+            "version": registry.VERSION,
+            "name": tenant,
+            "argv": list(argv),
+            "env": {**ENVIRONMENT, **env},
+            "cwd": "/home",
+            "hostname": _HOSTNAME,
+            "uid": 0,
+            "gid": 0,
+            "uid_base": self.who.uid_base,
+            "uid_count": UID_COUNT,
+            "lowers": [
+                *([f"{stage}/packages"] if self.packages.is_dir() else []),
+                f"{paths.BASES}/{self.base_product}/{paths.ROOTFS}",
+            ],
+            "upper": f"{stage}/upper",
+            "workdir": f"{stage}/workdir",
+            "overlay": f"{stage}/overlay",
+            "home": f"{stage}/home",
+            "ipc": None,
+            "network": "host",
+            "capabilities": list(capabilities.INSTALL),
+            "tmpfs": {"tmp": 1 << 30, "shm": 64 << 20},
+            "rlimits": {"CORE": 0, "FSIZE": _LARGEST_FILE},
+            "volatile": True,
+            "timeout": seconds,
+        }
+
+
+def build_tid(tid: str) -> str:
+    """Return the id that runs of ``tid``'s install script have: pins and locks of their own."""
+    return hashlib.sha256(f"build {tid}".encode()).hexdigest()[:32]
