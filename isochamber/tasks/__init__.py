@@ -1,0 +1,1 @@
+"""spec -> doit task dicts, nothing else."""

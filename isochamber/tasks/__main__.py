@@ -1,0 +1,55 @@
+"""The entry point of ``./doit``: doit's own command line over our graph, with our exit codes."""
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from doit.cmd_base import ModuleTaskLoader
+from doit.doit_cmd import DoitMain
+
+from isochamber.errors import EXIT_BAD_INPUT, EXIT_OURS, IsochamberError
+from isochamber.tasks import foreground, report
+from isochamber.tasks.dodo import load_pipeline, namespace
+
+# These name one tenant and must work while another tenant's package is broken.
+_SINGLE = ("run:", "shell:", "delete:")
+
+
+def _only_tenant(arguments: Sequence[str]) -> str | None:
+    """Return the tenant that is all the command line asks for, or None."""
+    names = {argument.split(":", 1)[1] for argument in arguments if argument.startswith(_SINGLE)}
+    return names.pop() if len(names) == 1 and len(arguments) == 1 else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run doit; returns 0, the tenant's status for run: and shell:, 2 for bad input, 125 when a task failed."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    foreground.take_over()
+    try:
+        # The project's own checks do not depend on anybody's tenants.
+        only_checks = bool(argv) and all(word == "test" or word.startswith("test:") for word in argv)
+        tasks = namespace(None if only_checks else load_pipeline(only=_only_tenant(argv)))
+    except IsochamberError as error:
+        for line in error.lines():
+            sys.stderr.write(f"isochamber: {line}\n")
+        return error.exit_code
+    return _run(tasks, argv)
+
+
+def _run(tasks: Mapping[str, Any], argv: list[str]) -> int:
+    status = int(DoitMain(ModuleTaskLoader(dict(tasks)), config_filenames=()).run(argv))
+    sys.stdout.flush()
+    if status == 0 and report.to_start:
+        return foreground.start(report.to_start)
+    # doit's own 1 and 2 say that a task failed, 3 that there is no such task or option.
+    return {0: 0, 3: EXIT_BAD_INPUT}.get(status, report.exit_code or EXIT_OURS)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        os._exit(130)
+    except BrokenPipeError:
+        os._exit(EXIT_OURS)

@@ -1,0 +1,52 @@
+"""``./doit test``: lint, types, import contracts and tests, each a task of its own, pytest's summary last."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from doit.exceptions import TaskFailed
+
+_BIN = Path(sys.executable).parent
+
+# name, what for, command below .venv/bin
+_CHECKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("lint", "ruff: style and likely mistakes", ("ruff", "check", ".")),
+    ("format", "ruff: layout", ("ruff", "format", "--check", ".")),
+    ("types", "mypy --strict", ("mypy",)),
+    ("contracts", "import-linter: who may import whom", ("lint-imports",)),
+    ("unit", "pytest: everything but the slow tests", ("pytest", "-m", "not slow")),
+)
+_SLOW = ("slow", "pytest: the tests that take minutes", ("pytest", "-m", "slow"))
+
+
+def _run(project: Path, argv: tuple[str, ...]) -> TaskFailed | None:
+    sys.stdout.flush()
+    status = subprocess.run([_BIN / argv[0], *argv[1:]], cwd=project, check=False).returncode
+    return TaskFailed(f"{argv[0]} exited with {status}") if status else None
+
+
+def _task(project: Path, name: str, doc: str, argv: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "basename": name,
+        "doc": doc,
+        "actions": [(_run, [project, argv])],
+        "verbosity": 2,
+        "io": {"capture": False},
+    }
+
+
+def check_tasks(project: Path) -> Iterator[dict[str, Any]]:
+    """Yield ``test`` (everything but slow, in order), its parts, and ``test:slow``.
+
+    The parts are tasks of their own and not subtasks: a group would take test:slow in.
+    """
+    former: list[str] = []
+    for name, doc, argv in _CHECKS:
+        task = _task(project, f"test:{name}", doc, argv)
+        yield {**task, "task_dep": []}
+        former.append(task["basename"])
+    yield {"basename": "test", "doc": "lint, types, import contracts, tests", "actions": None, "task_dep": former}
+    name, doc, argv = _SLOW
+    yield _task(project, f"test:{name}", doc, argv)
