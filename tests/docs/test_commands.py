@@ -25,7 +25,7 @@ def _words(line: str) -> list[str]:
 
 
 def _verbs() -> set[str]:
-    (verbs,) = [action for action in cli._parser()._actions if action.dest == "verb"]
+    (verbs,) = [action for action in cli.parser()._actions if action.dest == "verb"]
     return set(verbs.choices or ())
 
 
@@ -57,7 +57,7 @@ def _check_isochamber(words: list[str], line: str) -> None:
         assert words[0] in _verbs(), f"{line}: there is no such command"
         return
     try:
-        cli._parser().parse_args(words)
+        cli.parser().parse_args(words)
     except SystemExit as error:
         assert error.code == 0, f"{line}: is not understood"
 
