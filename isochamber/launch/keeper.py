@@ -29,14 +29,13 @@ def keep(prepared: start.Prepared, messages: _socket.socket, life: int) -> None:
     try:
         os.setsid()
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        group = os.open(prepared.cgroup, os.O_RDONLY | os.O_DIRECTORY) if prepared.cgroup else None
-        pid, pidfd = syscalls.clone3(start.TENANT_NAMESPACES, cgroup_fd=group)
+        pid, pidfd = clone(prepared)
         if pid == 0:
             os.close(life)
             os.close(prepared.lock)
             start.tenant_side(prepared, messages)
         try:
-            _record(prepared, pidfd)
+            record(prepared, pidfd, int(os.readlink("/proc/self")), shared=False)
             channel.send_started(messages, pidfd)
             _let_go_of(prepared, messages, pidfd, life)
             _wait(pidfd, life)
@@ -54,12 +53,24 @@ def keep(prepared: start.Prepared, messages: _socket.socket, life: int) -> None:
         os._exit(0)  # and everything of this PID namespace with us
 
 
-def _record(prepared: start.Prepared, pidfd: int) -> None:
+def clone(prepared: start.Prepared) -> tuple[int, int]:
+    """Clone the tenant's first process into its namespaces and its group; returns (pid, pidfd), in it (0, -1)."""
+    group = os.open(prepared.cgroup, os.O_RDONLY | os.O_DIRECTORY) if prepared.cgroup else None
+    try:
+        return syscalls.clone3(start.TENANT_NAMESPACES, cgroup_fd=group)
+    finally:
+        if group is not None:
+            os.close(group)
+
+
+def record(prepared: start.Prepared, pidfd: int, keeper: int, *, shared: bool) -> records.Record:
     """Write who runs, in the numbers of the host: those of its /proc, which is still ours."""
     with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:  # proc_pid_fdinfo(5)
         pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
     started = records.start_time(pid)  # a zombie at worst: only we reap it
-    records.write(prepared.entry.tid, records.Record(pid, int(os.readlink("/proc/self")), started, prepared.cgroup))
+    made = records.Record(pid, keeper, started, prepared.cgroup, shared, prepared.waits)
+    records.write(prepared.entry.tid, made)
+    return made
 
 
 def _let_go_of(prepared: start.Prepared, messages: _socket.socket, pidfd: int, life: int) -> None:

@@ -21,13 +21,17 @@ _A_MOMENT = 0.01  # seconds between two looks at a tenant that is just being set
 class Record:
     """What is known of a running tenant."""
 
-    __slots__ = ("cgroup", "keeper", "pid", "start_time")
+    __slots__ = ("cgroup", "keeper", "pid", "shared", "start_time", "waits")
 
-    def __init__(self, pid: int, keeper: int, start_time: int, cgroup: str | None) -> None:
+    def __init__(
+        self, pid: int, keeper: int, start_time: int, cgroup: str | None, shared: bool = False, waits: bool = False
+    ) -> None:
         self.pid = pid  # of the tenant's first process, as the host sees it
         self.keeper = keeper
         self.start_time = start_time  # of pid, in clock ticks since boot: field 22 of proc_pid_stat(5)
         self.cgroup = cgroup
+        self.shared = shared  # its keeper keeps others too (the supervisor's nursery): it does not end with the tenant
+        self.waits = waits  # set up until the exec, and handed to nobody yet
 
 
 def lock(tid: str, name: str) -> int:
@@ -79,8 +83,10 @@ def write(tid: str, record: Record) -> None:
     """Write the pid record; a reboot may forget it, so it is replaced atomically but not synced. Raises OSError."""
     path = paths.tenant_record(tid)
     group = "null" if record.cgroup is None else lean.quote(record.cgroup)
+    flags = f'"shared": {str(record.shared).lower()}, "waits": {str(record.waits).lower()}'
     content = (
-        f'{{"pid": {record.pid}, "keeper": {record.keeper}, "start_time": {record.start_time}, "cgroup": {group}}}\n'
+        f'{{"pid": {record.pid}, "keeper": {record.keeper}, "start_time": {record.start_time}, "cgroup": {group}, '
+        f"{flags}}}\n"
     )
     with open(f"{path}.new", "wb") as file:
         file.write(content.encode())
@@ -112,13 +118,16 @@ def running(tid: str) -> Record | None:
     """Return the record of a tenant that runs, None when it does not (or is only just being set up)."""
     if not held(tid):
         return None
+    record = read(tid)
+    return record if record is not None and alive(record) else None
+
+
+def read(tid: str) -> Record | None:
+    """Return the record as it stands, whoever it names; None when there is none that can be read."""
     try:
         with open(paths.tenant_record(tid), "rb") as file:
             fields = lean.parse(file.read())
-        if not isinstance(fields, dict):
-            return None
-        record = Record(**fields)
-        return record if alive(record) else None
+        return Record(**fields) if isinstance(fields, dict) else None
     except (OSError, ValueError, TypeError):
         return None
 

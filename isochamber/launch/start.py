@@ -17,6 +17,7 @@ from isochamber.launch import (
     cgroup,
     channel,
     devices,
+    handover,
     ipc,
     masking,
     mounts,
@@ -40,22 +41,41 @@ TENANT_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID | syscalls.CLON
 class Prepared:
     """What the host side made before the clone: descriptors, all close-on-exec."""
 
-    __slots__ = ("cgroup", "entry", "highest_capability", "host_namespaces", "lock", "net", "root", "terminal", "user")
+    __slots__ = (
+        "cgroup", "entry", "highest_capability", "host_namespaces", "lock", "net", "root", "terminal", "user", "waits",
+    )  # fmt: skip
 
-    def __init__(self, root: str, entry: Entry, *, own_terminal: bool) -> None:
-        """Do the host side's steps; raises IsochamberError, and leaves at most the pins and an empty cgroup."""
+    def __init__(self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False) -> None:
+        """Do the host side's steps; raises IsochamberError, and leaves at most the pins and an empty cgroup.
+
+        A tenant that ``waits`` is set up until the exec, and goes on when it is handed over.
+        """
         self.root = root
         self.entry = entry
         self.terminal = own_terminal
+        self.waits = waits
         # Only one start at a time may see the upper.
         self.lock = records.lock(entry.tid, entry.name)
-        if entry.ipc is not None:
-            ipc.check(entry.ipc)
-        self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
-        self.cgroup = cgroup.make(entry.tid)
-        # (limits: written and read back here)
-        self.highest_capability = capabilities.last()
-        self.host_namespaces = verify.namespaces()
+        self.user = self.net = -1
+        try:
+            if entry.ipc is not None:
+                ipc.check(entry.ipc)
+            self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
+            self.cgroup = cgroup.make(entry.tid)
+            # (limits: written and read back here)
+            self.highest_capability = capabilities.last()
+            self.host_namespaces = verify.namespaces()
+        except BaseException:
+            self.close()  # who holds many tenants can't afford a descriptor a failure
+            os.close(self.lock)
+            raise
+
+    def close(self) -> None:
+        """Close what only the clone needs; the lock stays with who keeps the tenant."""
+        for descriptor in (self.user, self.net):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self.user = self.net = -1
 
 
 def tenant_side(prepared: Prepared, messages: _socket.socket) -> None:
@@ -91,9 +111,7 @@ class Steps:
         self.done.append(name)
 
 
-def _become(  # noqa: PLR0915 - one screen of one-line steps, and their names
-    prepared: Prepared, messages: _socket.socket, step: Callable[[str], None]
-) -> None:
+def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], None]) -> None:
     entry, owner = prepared.entry, prepared.entry.uid_base
     step("close this process to others")
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # nobody inside may look into this process while it is the host's root
@@ -138,6 +156,14 @@ def _become(  # noqa: PLR0915 - one screen of one-line steps, and their names
     step("set the resource limits")
     rlimits.apply(entry.rlimits)  # before the host's root is given up: a tenant can't raise what it is given
 
+    _become_tenant(prepared, messages, step, slave)
+
+
+def _become_tenant(
+    prepared: Prepared, messages: _socket.socket, step: Callable[[str], None], slave: int | None
+) -> None:
+    """The second half, from the host's root to the tenant: a command that joins a running tenant does it alike."""
+    entry = prepared.entry
     step("join the user namespace")
     syscalls.setns(prepared.user, syscalls.CLONE_NEWUSER)  # last of all namespaces: its capabilities count for no mount
     step("take the tenant's ids")
@@ -150,6 +176,9 @@ def _become(  # noqa: PLR0915 - one screen of one-line steps, and their names
     # (Landlock: here, while files can still be named)
     step("verify")
     verify.inside(entry, prepared.host_namespaces, kept)
+    step("wait to be handed over")
+    if prepared.waits:
+        handover.wait(entry, messages)
     step("close the inherited descriptors")
     if slave is not None:
         terminal.become_controlling(slave)

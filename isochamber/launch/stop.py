@@ -8,6 +8,8 @@ import select
 from isochamber.launch import records
 from isochamber.launch.lean import signal
 
+_A_MOMENT = 0.005  # seconds
+
 
 def stop(tid: str, grace_seconds: float = 0.0) -> bool:
     """Stop the tenant ``tid``; returns whether it ran. No-op when it does not run.
@@ -27,7 +29,10 @@ def stop(tid: str, grace_seconds: float = 0.0) -> bool:
         try:
             if records.alive(record):  # so its keeper is too, and the number is still the keeper's
                 _end(record, grace_seconds)
-                _wait(keeper)
+                if record.shared:
+                    _wait_for_record(tid, record)
+                else:
+                    _wait(keeper)
                 break
         finally:
             os.close(keeper)
@@ -50,6 +55,12 @@ def _end(record: records.Record, grace_seconds: float) -> None:
         pass  # it has ended
     finally:
         os.close(pidfd)
+
+
+def _wait_for_record(tid: str, record: records.Record) -> None:
+    """Return when a keeper of many has cleaned up after this tenant: nothing says when, but it takes milliseconds."""
+    while (now := records.read(tid)) is not None and now.start_time == record.start_time and records.held(tid):
+        select.select([], [], [], _A_MOMENT)
 
 
 def _wait(pidfd: int, seconds: float | None = None) -> None:

@@ -319,6 +319,11 @@ def close_range_on_exec(first: int) -> None:
     )  # fmt: skip
 
 
+def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
+    """close_range(2): close every descriptor from ``first`` to ``last``."""
+    _syscall(_NR_CLOSE_RANGE, "close_range", None, ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0))
+
+
 def syncfs(fd: int) -> None:
     """syncfs(2); since Linux 5.8 it reports write-back errors."""
     _checked(_libc.syncfs(fd), "syncfs", None)

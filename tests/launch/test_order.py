@@ -36,6 +36,7 @@ TENANT_SIDE = [
     "drop the capabilities",
     "set no_new_privs",
     "verify",
+    "wait to be handed over",
     "close the inherited descriptors",
     "execute",
 ]
@@ -52,7 +53,8 @@ def _calls(function: ast.FunctionDef) -> list[str]:
 
 
 def test_the_steps_of_the_tenants_side_are_in_the_architectures_order() -> None:
-    lines = (ast.unparse(statement) for statement in _function("_become").body)
+    halves = [*_function("_become").body, *_function("_become_tenant").body]
+    lines = (ast.unparse(statement) for statement in halves)
     assert [ast.literal_eval(line[5:-1]) for line in lines if line.startswith("step(")] == TENANT_SIDE
 
 
@@ -67,9 +69,10 @@ def test_each_step_is_what_its_name_says() -> None:
         "mounts.map_lowers", "mounts.mount_overlay", "mounts.mount_kernel_views", "devices.make", "mounts.mount_tmpfs",
         "masking.apply", "_bind_home", "mounts.attach", "_bind_extras", "_make_terminal", "mounts.enter",
         "syscalls.sethostname", "rlimits.apply", "syscalls.setns", "_take_ids", "capabilities.keep_only",
-        "syscalls.prctl", "verify.inside", "terminal.become_controlling", "syscalls.close_range_on_exec", "_execute",
+        "syscalls.prctl", "verify.inside", "handover.wait", "terminal.become_controlling", "syscalls.close_range_on_exec", "_execute",
     ]  # fmt: skip
-    assert [call for call in _calls(_function("_become")) if call in decisive] == decisive
+    made = [*_calls(_function("_become")), *_calls(_function("_become_tenant"))]
+    assert [call for call in made if call in decisive] == decisive
 
 
 def test_the_places_of_what_comes_later_are_visible() -> None:
