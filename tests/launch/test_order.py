@@ -69,7 +69,8 @@ def test_each_step_is_what_its_name_says() -> None:
         "mounts.map_lowers", "mounts.mount_overlay", "mounts.mount_kernel_views", "devices.make", "mounts.mount_tmpfs",
         "masking.apply", "_bind_home", "mounts.attach", "_bind_extras", "_make_terminal", "mounts.enter",
         "syscalls.sethostname", "rlimits.apply", "syscalls.setns", "_take_ids", "capabilities.keep_only",
-        "syscalls.prctl", "verify.inside", "handover.wait", "terminal.become_controlling", "syscalls.close_range_on_exec", "_execute",
+        "syscalls.prctl", "verify.inside", "handover.wait", "terminal.become_controlling",
+        "syscalls.close_range_on_exec", "_execute",
     ]  # fmt: skip
     made = [*_calls(_function("_become")), *_calls(_function("_become_tenant"))]
     assert [call for call in made if call in decisive] == decisive
