@@ -1,5 +1,6 @@
 """A tenant's entry of containers.json: everything the launcher needs, decided ahead of the start."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,8 +15,8 @@ from isochamber.build.inputs import Inputs
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
-from isochamber.launch import records
-from isochamber.spec.model import Tenant
+from isochamber.launch import records, stop
+from isochamber.spec.model import Service, Tenant
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": PATH, "HOME": "/home", "LANG": "C.UTF-8", "container": "isochamber"}
@@ -62,6 +63,7 @@ def make(
         "capabilities": [],
         "tmpfs": {"tmp": tenant.limits.tmp, "shm": tenant.limits.shm},
         "rlimits": {"NOFILE": tenant.limits.open_files, "CORE": 0},
+        "service": _service(tenant.service),
         "package": os.fspath(package.directory),
         "inputs": [
             list(pair)
@@ -72,6 +74,20 @@ def make(
     }
     entry["digest"] = hashlib.sha256(json.dumps(entry, sort_keys=True).encode()).hexdigest()[:40]
     return entry
+
+
+def _service(service: Service) -> Entry:
+    health = service.health
+    return {
+        "restart": service.restart,
+        "retries": service.retries,
+        "after": list(service.after),
+        "ready": service.ready,
+        "health": None if health is None else {**dataclasses.asdict(health), "argv": list(health.argv)},
+        "stop": {"signal": service.stop_signal, "grace": service.stop_grace},
+        "warm": service.warm,
+        "logs": {"size": service.log_size, "count": service.log_count, "journald": service.journald},
+    }
 
 
 def layer_product(entry: Mapping[str, Any]) -> str | None:
@@ -114,6 +130,9 @@ def _lowers_of_upper(state: State, entry: Entry) -> list[str] | None:
 def _refresh_upper(state: State, entry: Entry, reporter: Reporter) -> None:
     filesystem = state.tenant_fs(entry["tid"])
     upper, former, workdir = (filesystem / name for name in (identity.UPPER, identity.FORMER_UPPER, identity.WORKDIR))
+    running = records.running(entry["tid"])
+    if running is not None and running.waits:
+        stop.stop(entry["tid"])  # a warm sandbox: nobody's yet, and made of what is replaced here
     if records.held(entry["tid"]):
         raise IsochamberError(
             "runs on its former layers",

@@ -28,6 +28,7 @@ def delete(state: State, tenant: str, reporter: Reporter) -> None:
     try:
         stopping.stop(tid)
         registry.remove(state, tid)
+        stopping.stop(tid)  # a supervisor may have started it again; without an entry it can't once more
         _remove_tenant(state, tid)
     except OSError as error:
         raise IsochamberError.from_os(error, stage="delete", tenant=tenant) from error

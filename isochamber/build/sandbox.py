@@ -106,6 +106,7 @@ class Sandbox:
             "capabilities": list(capabilities.INSTALL),
             "tmpfs": {"tmp": 1 << 30, "shm": 64 << 20},
             "rlimits": {"CORE": 0, "FSIZE": _LARGEST_FILE},
+            "service": None,
             "volatile": True,
             "timeout": seconds,
         }

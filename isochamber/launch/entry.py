@@ -39,6 +39,7 @@ class Entry:
         "network",
         "overlay",
         "rlimits",
+        "service",
         "tid",
         "timeout",
         "tmpfs",
@@ -82,6 +83,10 @@ class Entry:
         self.capabilities: list[str] = field.texts("capabilities")
         self.tmpfs: dict[str, int] = field.numbers("tmpfs")
         self.rlimits: dict[str, int] = field.numbers("rlimits")
+        # None: a build's sandbox, which nobody supervises.
+        self.service: Service | None = (
+            None if field.present("service") is None else Service(field.mapping_of_any("service"))
+        )
         # Only a plan has these.
         self.volatile: bool = raw.get("volatile") is True
         self.home_fd: int | None = field.number("home_fd", 0, 1 << 20) if "home_fd" in raw else None
@@ -100,6 +105,49 @@ class Bind:
         self.target: str = field.absolute("target")
         self.read_only: bool = raw.get("read_only") is True
         self.idmap: bool = raw.get("idmap") is True
+
+
+class Service:
+    """How the supervisor treats the tenant; times in seconds, sizes in bytes."""
+
+    __slots__ = (
+        "after", "health", "journald", "log_count", "log_size", "ready", "restart", "retries", "stop_grace",
+        "stop_signal", "warm",
+    )  # fmt: skip
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        field = _Fields(raw)
+        self.restart: str = field.one_of("restart", ("no", "on-failure", "always"))
+        self.retries: int = field.number("retries", 0, 1000)
+        self.after: list[str] = field.texts("after")
+        self.ready: str = field.one_of("ready", ("started", "notify"))
+        self.health: Health | None = None if field.present("health") is None else Health(field.mapping_of_any("health"))
+        stop = _Fields(field.mapping_of_any("stop"))
+        self.stop_signal: int = getattr(lean.signal, f"SIG{stop.text('signal')}", 0)
+        if not self.stop_signal:
+            raise stop.wrong("signal", "the name of a signal without SIG")
+        self.stop_grace: int = stop.number("grace", 0, 3600)
+        self.warm: int = field.number("warm", 0, 1)
+        logs = _Fields(field.mapping_of_any("logs"))
+        self.log_size: int = logs.number("size", 1, 1 << 46)
+        self.log_count: int = logs.number("count", 1, 100)
+        self.journald: bool = logs.flag("journald")
+
+
+class Health:
+    """A command that tells whether the tenant is well; times in seconds."""
+
+    __slots__ = ("argv", "interval", "retries", "start_period", "timeout")
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        field = _Fields(raw)
+        self.argv: list[str] = field.texts("argv")
+        if not self.argv:
+            raise field.wrong("argv", "at least one word")
+        self.interval: int = field.number("interval", 1, 86400)
+        self.timeout: int = field.number("timeout", 1, 86400)
+        self.retries: int = field.number("retries", 1, 1000)
+        self.start_period: int = field.number("start_period", 0, 86400)
 
 
 class _Fields:
@@ -159,6 +207,32 @@ class _Fields:
         value = self.raw.get(key)
         if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
             raise self.wrong(key, "a list of objects")
+        return value
+
+    def present(self, key: str) -> Any:
+        if key not in self.raw:
+            raise self.wrong(key, "there")
+        return self.raw[key]
+
+    def mapping_of_any(self, key: str) -> Mapping[str, Any]:
+        value = self.raw.get(key)
+        if not isinstance(value, dict):
+            raise self.wrong(key, "an object")
+        return value
+
+    def service(self) -> Service | None:
+        return None if self.present("service") is None else Service(self.mapping_of_any("service"))
+
+    def one_of(self, key: str, allowed: tuple[str, ...]) -> str:
+        value = self.text(key)
+        if value not in allowed:
+            raise self.wrong(key, " or ".join(allowed))
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self.raw.get(key)
+        if not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
         return value
 
     def absolute(self, key: str) -> str:

@@ -16,6 +16,8 @@ _TYPES = {"string": "string", "integer": "integer", "dict": "object", "list": "a
 # What the checks in code mean, as far as JSON Schema can say it.
 _CHECKS: Mapping[str, Mapping[str, Any]] = {
     "size": {"pattern": "^[0-9]{1,15}[KMG]?$", "minimum": 1},
+    "restart": {"pattern": "^(no|always|on-failure(:[0-9]{1,4})?)$"},
+    "signal": {"minLength": 2},
     "inside": {"pattern": "^/.+$"},
     "words": {"minLength": 1, "minItems": 1, "items": {"type": "string"}},
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from isochamber import paths
 from isochamber.errors import SpecError, printable
-from isochamber.spec import document, package, validate
+from isochamber.spec import document, package, service, validate
 from isochamber.spec.document import Document
 from isochamber.spec.model import Base, Limits, Package, Spec, Tenant
 
@@ -90,6 +90,9 @@ class _Loader:
         value: Mapping[str, Any] = self._document.value
         bases = self._bases(value.get("bases") or {})
         tenants = dict(self._tenants(value, bases))
+        if self._only is None:
+            for name, what in service.problems_of_order(tenants):
+                self._problem(("tenants", name, "after"), what)
         if self._lines or self._foreign:
             self._raise()
         return Spec(self._file, self._root, bases, tenants)
@@ -208,6 +211,7 @@ def _tenant(
         ipc={"required": paths.DEFAULT_IPC, "none": None}.get(ipc, ipc),
         network=own.get("network", defaults.get("network", "none")),
         limits=Limits(**limits),
+        service=service.of(own, defaults),
         install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},
         place=place,
     )

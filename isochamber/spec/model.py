@@ -82,6 +82,34 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
+class Health:
+    """A command that tells whether a tenant is well; times in seconds."""
+
+    argv: tuple[str, ...]
+    interval: int = 30
+    timeout: int = 30
+    retries: int = 3
+    start_period: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What the supervisor does with a tenant."""
+
+    restart: str = "no"  # "no", "on-failure" or "always"
+    retries: int = 0  # restarts after failures in a row; 0: no end
+    after: tuple[str, ...] = ()  # names of tenants
+    ready: str = "started"  # or "notify"
+    health: Health | None = None
+    stop_signal: str = "TERM"
+    stop_grace: int = 10  # seconds
+    warm: int = 0  # sandboxes that wait
+    log_size: int = 1 << 20  # bytes a file
+    log_count: int = 3
+    journald: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """One tenant: the operator's grants joined with its package."""
 
@@ -92,6 +120,7 @@ class Tenant:
     network: str  # "none" or "host"
     limits: Limits
     install_env: Mapping[str, str]  # added to the install script's environment (a proxy, say)
+    service: Service = Service()
     place: Place | None = None  # None: dropped into new_tenants/ and not named in tenants.yaml
 
 

@@ -3,6 +3,7 @@
 import difflib
 import re
 import shlex
+import signal
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -40,6 +41,19 @@ def parse_size(value: object) -> int | None:
     return size if 0 < size <= _LARGEST_SIZE else None
 
 
+def parse_restart(value: object) -> tuple[str, int] | None:
+    """Return (policy, most restarts, 0: no end) for a ``restart:`` value, None for anything else.
+
+    YAML 1.1 reads a bare ``no`` as false.
+    """
+    if value is False:
+        return "no", 0
+    match = re.fullmatch(r"(no|always|on-failure)(?::([0-9]{1,4}))?", value) if isinstance(value, str) else None
+    if match is None or (match[2] is not None and (match[1] != "on-failure" or not 1 <= int(match[2]) <= 1000)):
+        return None
+    return match[1], int(match[2] or 0)
+
+
 class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no types
     """cerberus with the few checks that a pattern can't say."""
 
@@ -51,6 +65,14 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
         parts = value.split("/")
         if parts[0] or len(parts) < 2 or not all(parts[1:]) or {".", ".."} & set(parts) or printable(value) != value:
             self._error(field, "an absolute path inside the base, without . and ..")
+
+    def _check_with_restart(self, field: str, value: object) -> None:
+        if parse_restart(value) is None:
+            self._error(field, "one of no, on-failure, on-failure:MAX (1 to 1000), always")
+
+    def _check_with_signal(self, field: str, value: str) -> None:
+        if not hasattr(signal, f"SIG{value}") or value in {"KILL", "STOP"}:
+            self._error(field, "the name of a signal that can be caught, without SIG, such as TERM")
 
     def _check_with_words(self, field: str, value: object) -> None:
         try:

@@ -22,8 +22,8 @@ def test_tenants_yaml_md_names_every_key_and_no_other() -> None:
     schema = validate.schema("tenants")
     tenant = schema["tenants"]["valuesrules"]["schema"]
     assert names_in_first_cells(text.section("Top level")) == set(schema)
-    limits = tenant["limits"]["schema"]
-    assert names_in_first_cells(text.section("defaults, and each tenant")) == {*tenant, *limits}
+    nested = {key for rules in tenant.values() if rules.get("type") == "dict" for key in rules.get("schema", {})}
+    assert names_in_first_cells(text.section("defaults, and each tenant")) == {*tenant, *nested}
     assert names_in_first_cells(text.section("bases")) == set(schema["bases"]["valuesrules"]["schema"])
     assert set(schema["defaults"]["schema"]) == set(tenant) - {"package"}
 
@@ -48,6 +48,12 @@ def test_tenants_yaml_md_gives_the_defaults_that_are_used(tmp_path: Path) -> Non
         "mirror": base.mirror,
         "variant": base.variant,
         "root": paths.DEFAULT_ROOT,
+        "restart": tenant.service.restart,
+        "ready": tenant.service.ready,
+        "warm": tenant.service.warm,
+        "signal": tenant.service.stop_signal,
+        "grace": tenant.service.stop_grace,
+        "count": tenant.service.log_count,
     }.items():
         row = next(line for line in text.splitlines() if line.startswith(f"| `{key}` |"))
         assert row.split("|")[3].strip() == f"`{value}`", row

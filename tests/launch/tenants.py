@@ -24,6 +24,15 @@ ENVIRONMENT = {
 Done = subprocess.CompletedProcess[str]
 
 
+def service(**changes: Any) -> dict[str, Any]:
+    """Return the entry's part for the supervisor, with the defaults of tenants.yaml."""
+    return {
+        "restart": "no", "retries": 0, "after": [], "ready": "started", "health": None,
+        "stop": {"signal": "TERM", "grace": 10}, "warm": 0,
+        "logs": {"size": 1 << 20, "count": 3, "journald": False}, **changes,
+    }  # fmt: skip
+
+
 class Tenant:
     """One entry of containers.json with its directories, in a state directory shared by the session."""
 
@@ -48,7 +57,8 @@ class Tenant:
             "upper": self._relative("upper"), "workdir": self._relative("workdir"),
             "overlay": self._relative("overlay"), "home": f"tenants_persist/{self.tid}/home", "ipc": None,
             "network": "none", "capabilities": [], "tmpfs": {"tmp": 1 << 26, "shm": 1 << 26},
-            "rlimits": {"NOFILE": 1024, "CORE": 0}, "package": "/nowhere", "inputs": [], "digest": "",
+            "rlimits": {"NOFILE": 1024, "CORE": 0}, "service": service(),
+            "package": "/nowhere", "inputs": [], "digest": "",
         }  # fmt: skip
         self.change(**changes)
 
