@@ -2,7 +2,8 @@
 
 Aliases are followed, but only so far: a text that expands to more than MAX_NODES
 values, or nests deeper than MAX_DEPTH, is refused, and so is every tag that is not
-plain data. Problems are collected, never raised one by one.
+plain data. Problems are collected, never raised one by one: what can't be used is
+None in the value, and everything else is still there to be validated.
 """
 
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from isochamber.errors import printable
 from isochamber.spec.model import Place
 
 MAX_BYTES = 4 << 20
-MAX_NODES = 1_000_000
+MAX_NODES = 250_000  # an alias bomb is noticed within a second; 5,000 tenants are 50,000
 MAX_DEPTH = 24
 
 _Path = tuple[object, ...]
@@ -22,6 +23,7 @@ _Path = tuple[object, ...]
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # seven times faster where libyaml is there
 _CORE = "tag:yaml.org,2002:"
 _TRUE = frozenset({"true", "yes", "on"})
+_KEYS = frozenset({"str", "int", "float", "bool", "null", "timestamp", "value"})  # read as the text that is written
 
 
 @dataclass
@@ -32,6 +34,7 @@ class Document:
     value: Any = None
     places: dict[_Path, Place] = field(default_factory=dict)
     problems: list[tuple[Place, _Path, str]] = field(default_factory=list)
+    unusable: set[_Path] = field(default_factory=set)  # where a value was refused: nothing more is to be said of it
 
     def place(self, path: _Path) -> Place:
         """Return where the value at ``path`` stands, or the nearest that holds it."""
@@ -55,12 +58,14 @@ def parse(file: str, content: bytes) -> Document:
         text = content.decode("utf-8")
         if len(content) > MAX_BYTES:
             raise _RefusedError(Place(file, 1, 1), (), f"is larger than {MAX_BYTES} bytes")
+        _check_depth(file, text)
         node = yaml.compose(text, Loader=_LOADER)
         if node is not None:
             document.value = _Reader(document).read(node, (), 0)
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        document.problems.append((Place(file, line, 1), (), "is not UTF-8"))
+        before = content[: error.start].decode("utf-8", "replace").rpartition("\n")
+        line = before[0].count("\n") + 1 + bool(before[1])
+        document.problems.append((Place(file, line, len(before[2]) + 1), (), "is not UTF-8"))
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file, 1, 1)
@@ -69,11 +74,23 @@ def parse(file: str, content: bytes) -> Document:
         position = getattr(error, "position", 0)
         line = text[:position].count("\n") + 1
         document.problems.append((Place(file, line, 1), (), "is not YAML: a character that is not allowed"))
-    except RecursionError:
-        document.problems.append((Place(file, 1, 1), (), "is nested too deeply"))
     except _RefusedError as error:
         document.problems.append((error.place, error.path, error.what))
     return document
+
+
+def _check_depth(file: str, text: str) -> None:
+    """Refuse what nests too deeply by its events: libyaml's composer recurses in C, and would end the process."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                mark = event.start_mark
+                place = Place(file, mark.line + 1, mark.column + 1) if mark else Place(file, 1, 1)
+                raise _RefusedError(place, (), f"is nested deeper than {MAX_DEPTH}")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 class _Reader:
@@ -92,12 +109,18 @@ class _Reader:
             raise _RefusedError(place, path, f"is nested deeper than {MAX_DEPTH}")
         self._document.places.setdefault(path, place)
         if isinstance(node, yaml.MappingNode):
+            self._check_tag(node, "map", path, place)
             return self._mapping(node, path, depth)
         if isinstance(node, yaml.SequenceNode):
+            self._check_tag(node, "seq", path, place)
             return [self.read(child, (*path, index), depth + 1) for index, child in enumerate(node.value)]
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, path, place)
         raise _RefusedError(place, path, "is not plain data")
+
+    def _check_tag(self, node: yaml.Node, plain: str, path: _Path, place: Place) -> None:
+        if node.tag != f"{_CORE}{plain}":
+            self._refused(path, place, f"the tag {printable(node.tag)} is not allowed")
 
     def _mapping(self, node: yaml.MappingNode, path: _Path, depth: int) -> dict[str, Any]:
         values: dict[str, Any] = {}
@@ -109,6 +132,8 @@ class _Reader:
             key = str(key_node.value)
             if key_node.tag == f"{_CORE}merge":
                 self._document.problems.append((place, path, "merge keys (<<) are not supported, write it out"))
+            elif str(key_node.tag).removeprefix(_CORE) not in _KEYS:
+                self._document.problems.append((place, path, f"the tag {printable(key_node.tag)} is not allowed"))
             elif key in values:
                 self._document.problems.append((place, (*path, key), f"the key {printable(key)} stands twice"))
             else:
@@ -124,17 +149,18 @@ class _Reader:
             return text.lower() in _TRUE
         if tag == "int":
             try:
-                return int(text.replace("_", ""), 0) if len(text) <= 20 else self._number_too_long(path, place)
+                if len(text) > 20:
+                    return self._refused(path, place, "the number is too long")
+                return int(text.replace("_", ""), 0)
             except ValueError:
                 return text  # YAML 1.1 oddities such as 010 or 1:30 stay text, and the schema says so
         if tag in ("str", "float", "timestamp", "value"):
             return text if tag != "float" else _Float(text)
-        self._document.problems.append((place, path, f"the tag {printable(node.tag)} is not allowed"))
-        return None
+        return self._refused(path, place, f"the tag {printable(node.tag)} is not allowed")
 
-    def _number_too_long(self, path: _Path, place: Place) -> int:
-        self._document.problems.append((place, path, "the number is too long"))
-        return 0
+    def _refused(self, path: _Path, place: Place, what: str) -> None:
+        self._document.problems.append((place, path, what))
+        self._document.unusable.add(path)
 
 
 class _Float(float):

@@ -13,13 +13,21 @@ from isochamber.spec import validate
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES = {"string": "string", "integer": "integer", "dict": "object", "list": "array", "boolean": "boolean"}
 
-# What the checks in code mean, as far as JSON Schema can say it.
+# A text that shlex splits without an error, and whose first word is not empty: blanks, empty quotes, one piece
+# that is not empty, then whatever is closed.
+_PIECES = r"""[^\\'"{blank}\x00]|\\[^\x00]|'[^'\x00]{many}'|"([^"\\\x00]|\\[^\x00]){many}\""""
+_FIRST = _PIECES.format(blank=r" \t\r\n", many="+")
+_REST = _PIECES.format(blank="", many="*")
+_WORDS = rf"""^[ \t\r\n]*(''|"")*({_FIRST})({_REST})*$"""
+_WORD = {"type": "string", "pattern": r"^[^\x00]*$"}
+
+# What the checks in code mean.
 _CHECKS: Mapping[str, Mapping[str, Any]] = {
-    "size": {"pattern": "^[0-9]{1,15}[KMG]?$", "minimum": 1},
-    "restart": {"pattern": "^(no|always|on-failure(:[0-9]{1,4})?)$"},
-    "signal": {"minLength": 2},
-    "inside": {"pattern": "^/.+$"},
-    "words": {"minLength": 1, "minItems": 1, "items": {"type": "string"}},
+    "size": {"pattern": f"^{validate.SIZE}$", "minimum": 1, "maximum": validate.LARGEST_SIZE},
+    "inside": {"pattern": f"^{validate.INSIDE}$"},
+    "words": {"pattern": _WORDS, "minItems": 1, "prefixItems": [{**_WORD, "minLength": 1}], "items": _WORD},
+    "restart": {"pattern": f"^{validate.RESTART}$", "not": {"const": True}},
+    "signal": {"enum": list(validate.SIGNALS)},
 }
 
 

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from isochamber import paths
 from isochamber.errors import SpecError, printable
@@ -77,21 +77,25 @@ class _Loader:
         given = root or os.environ.get("ISOCHAMBER_ROOT")
         self._root = Path(given).absolute() if given else _root_in(self._document.value)
         self._lines: list[tuple[int, int, str]] = []
+        self._wrong: set[tuple[object, ...]] = set()  # paths with a problem
+        self._tainted: set[tuple[object, ...]] = set()  # and every path above one
         self._foreign: list[str] = []  # problems in other files
 
     def load(self) -> Spec:
         for place, path, what in self._document.problems:
             self._problem(path, what, (place.line, place.column))
-        if not self._lines:
-            for path, what in validate.problems("tenants", self._document.value):
-                self._problem(path, what)
-        if self._lines:
+        value = self._document.value
+        if value is not None:
+            for path, what in validate.problems("tenants", value):
+                if path not in self._document.unusable:
+                    self._problem(path, what)
+        if not isinstance(value, dict):
             self._raise()
-        value: Mapping[str, Any] = self._document.value
-        bases = self._bases(value.get("bases") or {})
-        tenants = dict(self._tenants(value, bases))
+        # What has no problem so far is looked at more closely, so that all of them are said at once.
+        bases = self._bases(self._mapping("bases"))
+        tenants = dict(self._tenants())
         if self._only is None:
-            for name, what in service.problems_of_order(tenants):
+            for name, what in service.problems_of_order(tenants, {*self._mapping("tenants"), *tenants}):
                 self._problem(("tenants", name, "after"), what)
         if self._lines or self._foreign:
             self._raise()
@@ -102,13 +106,25 @@ class _Loader:
         line, column = where or (place.line, place.column)
         tenant = f"{printable(path[1])}: " if len(path) > 1 and path[0] == "tenants" else ""
         self._lines.append((line, column, f"{self._file}:{line}:{column}: {tenant}{what}"))
+        self._wrong.add(path)
+        self._tainted.update(path[:length] for length in range(len(path) + 1))
 
-    def _raise(self) -> None:
+    def _is_wrong(self, path: tuple[object, ...]) -> bool:
+        """Say whether something at, below or above ``path`` was wrong."""
+        return path in self._tainted or any(path[:length] in self._wrong for length in range(len(path)))
+
+    def _mapping(self, key: str) -> Mapping[str, Any]:
+        """Return the top-level mapping ``key``, empty when there is none."""
+        found = self._document.value.get(key)
+        return found if isinstance(found, dict) else {}
+
+    def _raise(self) -> NoReturn:
         ordered = [text for _, _, text in sorted(self._lines)]
         raise SpecError(tuple(dict.fromkeys([*ordered, *self._foreign])))
 
     def _bases(self, value: Mapping[str, Any]) -> dict[str, Base]:
-        return {name: self._base(name, value.get(name) or {}) for name in dict.fromkeys([DEFAULT_BASE, *value])}
+        names = [name for name in dict.fromkeys([DEFAULT_BASE, *value]) if not self._is_wrong(("bases", name))]
+        return {name: self._base(name, value.get(name) or {}) for name in names}
 
     def _base(self, name: str, value: Mapping[str, Any]) -> Base:
         files = {}
@@ -133,14 +149,17 @@ class _Loader:
             files=dict(sorted(files.items())),
         )
 
-    def _tenants(self, value: Mapping[str, Any], bases: Mapping[str, Base]) -> Iterator[tuple[str, Tenant]]:
-        named: Mapping[str, Any] = value.get("tenants") or {}
-        defaults: Mapping[str, Any] = value.get("defaults") or {}
+    def _tenants(self) -> Iterator[tuple[str, Tenant]]:
+        named = self._mapping("tenants")
+        bases = {DEFAULT_BASE, *self._mapping("bases")}
+        defaults = {} if self._is_wrong(("defaults",)) else self._mapping("defaults")
         if defaults.get("base", DEFAULT_BASE) not in bases:
             self._unknown_base(("defaults", "base"), defaults["base"], bases)
             return
         for name in [*named, *self._dropped(set(named))]:
             if self._only is not None and not self._is_only(name):
+                continue
+            if self._is_wrong(("tenants", name)):
                 continue
             own: Mapping[str, Any] = named.get(name) or {}
             if not package.is_name(name):
@@ -163,7 +182,7 @@ class _Loader:
         # A tid: only the state directory can say whose it is, so every package counts.
         return self._only is not None and len(self._only) == 32
 
-    def _unknown_base(self, path: tuple[object, ...], base: str, bases: Mapping[str, Base]) -> None:
+    def _unknown_base(self, path: tuple[object, ...], base: str, bases: set[str]) -> None:
         self._problem(path, f"there is no base {printable(base)}, allowed: {', '.join(sorted(bases))}")
 
     def _dropped(self, named: set[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import graphlib
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from isochamber.spec import validate
@@ -39,11 +39,11 @@ def _health(value: Mapping[str, Any]) -> Health | None:
     return Health(tuple(words), **{key: number for key, number in value.items() if key != "command"})
 
 
-def problems_of_order(tenants: Mapping[str, Tenant]) -> Iterator[tuple[str, str]]:
-    """Yield (tenant, what is wrong) for every ``after:`` that names nobody or leads back to itself."""
+def problems_of_order(tenants: Mapping[str, Tenant], names: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield (tenant, what is wrong) for every ``after:`` that is not in ``names`` or leads back to itself."""
     for name, tenant in tenants.items():
         for other in tenant.service.after:
-            if other not in tenants:
+            if other not in names:
                 yield name, f"there is no tenant {other}"
     graph = {name: [other for other in tenant.service.after if other in tenants] for name, tenant in tenants.items()}
     try:

@@ -3,7 +3,6 @@
 import difflib
 import re
 import shlex
-import signal
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,9 +16,18 @@ from isochamber.errors import printable
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 
-_SIZE = re.compile(r"[0-9]{1,15}([KMG]?)")
+# As patterns, so that the generated JSON Schema says exactly the same.
+SIZE = r"[1-9]([0-9]{0,13}|[0-9]{0,10}K|[0-9]{0,7}M|[0-9]{0,4}G)"
+LARGEST_SIZE = 10**14 - 1  # a number of bytes; a text reaches 99999G
+RESTART = r"(no|always|on-failure(:([1-9][0-9]{0,2}|1000))?)"
+INSIDE = r"(/(?!\.{1,2}(/|$))[^/\x00-\x1f\x7f]+)+"
+# signal(7), those that can be caught.
+SIGNALS = tuple(
+    "HUP INT QUIT ILL TRAP ABRT BUS FPE USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT TSTP TTIN TTOU URG XCPU XFSZ "
+    "VTALRM PROF WINCH IO PWR SYS RTMIN RTMAX".split()
+)
+
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_LARGEST_SIZE = 1 << 46
 
 _TYPES = {
     "string": "a text", "integer": "a whole number", "dict": "a mapping", "list": "a list", "boolean": "true or false",
@@ -33,12 +41,11 @@ def parse_size(value: object) -> int | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
-        return value if 0 < value <= _LARGEST_SIZE else None
-    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
-    if match is None:
+        return value if 0 < value <= LARGEST_SIZE else None
+    if not isinstance(value, str) or re.fullmatch(SIZE, value) is None:
         return None
-    size = int(str(value).rstrip("KMG")) * _FACTOR[match[1]]
-    return size if 0 < size <= _LARGEST_SIZE else None
+    digits = value.rstrip("KMG")
+    return int(digits) * _FACTOR[value[len(digits) :]]
 
 
 def parse_restart(value: object) -> tuple[str, int] | None:
@@ -48,22 +55,27 @@ def parse_restart(value: object) -> tuple[str, int] | None:
     """
     if value is False:
         return "no", 0
-    match = re.fullmatch(r"(no|always|on-failure)(?::([0-9]{1,4}))?", value) if isinstance(value, str) else None
-    if match is None or (match[2] is not None and (match[1] != "on-failure" or not 1 <= int(match[2]) <= 1000)):
+    match = re.fullmatch(RESTART, value) if isinstance(value, str) else None
+    if match is None:
         return None
-    return match[1], int(match[2] or 0)
+    policy, _, most = match[0].partition(":")
+    return policy, int(most or 0)
 
 
 class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no types
     """cerberus with the few checks that a pattern can't say."""
+
+    types_mapping = {  # noqa: RUF012 - cerberus' own way to change a type
+        **cerberus.Validator.types_mapping,
+        "integer": cerberus.TypeDefinition("integer", (int,), (bool,)),  # true is no number
+    }
 
     def _check_with_size(self, field: str, value: object) -> None:
         if parse_size(value) is None:
             self._error(field, "a size in bytes above 0, or a number with K, M or G, such as 64M")
 
     def _check_with_inside(self, field: str, value: str) -> None:
-        parts = value.split("/")
-        if parts[0] or len(parts) < 2 or not all(parts[1:]) or {".", ".."} & set(parts) or printable(value) != value:
+        if re.fullmatch(INSIDE, value) is None:
             self._error(field, "an absolute path inside the base, without . and ..")
 
     def _check_with_restart(self, field: str, value: object) -> None:
@@ -71,7 +83,7 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
             self._error(field, "one of no, on-failure, on-failure:MAX (1 to 1000), always")
 
     def _check_with_signal(self, field: str, value: str) -> None:
-        if not hasattr(signal, f"SIG{value}") or value in {"KILL", "STOP"}:
+        if value not in SIGNALS:
             self._error(field, "the name of a signal that can be caught, without SIG, such as TERM")
 
     def _check_with_words(self, field: str, value: object) -> None:
@@ -127,6 +139,8 @@ def _explain(name: str, error: errors.ValidationError) -> Iterator[Problem]:
 
 def _shown(error: errors.ValidationError) -> str:
     text = printable(error.value)
+    if "keysrules" in error.schema_path:
+        return f"the name {text if len(text) <= 80 else text[:77] + '...'} is not allowed"
     return f"{printable(error.document_path[-1])}: {text if len(text) <= 60 else text[:57] + '...'} is not allowed"
 
 
