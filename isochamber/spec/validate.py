@@ -22,10 +22,11 @@ LARGEST_SIZE = 10**14 - 1  # a number of bytes; a text reaches 99999G
 RESTART = r"(no|always|on-failure(:([1-9][0-9]{0,2}|1000))?)"
 INSIDE = r"(/(?!\.{1,2}(/|$))[^/\x00-\x1f\x7f]+)+"
 # signal(7), those that can be caught.
-SIGNALS = tuple(
-    "HUP INT QUIT ILL TRAP ABRT BUS FPE USR1 SEGV USR2 PIPE ALRM TERM STKFLT CHLD CONT TSTP TTIN TTOU URG XCPU XFSZ "
-    "VTALRM PROF WINCH IO PWR SYS RTMIN RTMAX".split()
-)
+SIGNALS = (
+    "HUP", "INT", "QUIT", "ILL", "TRAP", "ABRT", "BUS", "FPE", "USR1", "SEGV", "USR2", "PIPE", "ALRM", "TERM", "STKFLT",
+    "CHLD", "CONT", "TSTP", "TTIN", "TTOU", "URG", "XCPU", "XFSZ", "VTALRM", "PROF", "WINCH", "IO", "PWR", "SYS",
+    "RTMIN", "RTMAX",
+)  # fmt: skip
 
 _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
