@@ -4,15 +4,22 @@ Every path is opened below the package's own descriptor with openat2(2)
 (RESOLVE_BENEATH, no symlinks), every check is made on what was opened, and nothing
 but regular files of one link and directories is let in: a symlink in progs/ is
 refused altogether, wherever it points.
+
+A hard link to a file of the host would show in the link count, but a tenant could take
+its link away between our open and our look. So a file counts only when its inode had
+not changed for a tick of the kernel's clock before it was opened: giving a name and
+taking it away both set the ctime, which nobody can set back.
 """
 
+import errno
 import json
 import math
 import os
 import re
 import shlex
 import stat
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +42,32 @@ _TID = re.compile(r"[0-9a-f]{32}")
 _BENEATH = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a FIFO must not hold us
 
+_TICK = 0.02  # seconds; the clock of file times ticks every 10 ms at worst
+_TRIES = 5
+_wait = time.sleep
+
 _KINDS = {
     stat.S_IFLNK: "a symlink", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket",
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
+
+
+def _open_settled(opener: Callable[[], int]) -> tuple[int, os.stat_result]:
+    """Return a descriptor of ``opener`` and its status; a regular file of one link had it for a tick before.
+
+    Raises OSError, also when the file changes all the time. A ctime of the future (the
+    host's clock was set back) tells nothing and is let in: what is left is the link count.
+    """
+    for _ in range(_TRIES):
+        before = time.time()
+        descriptor = opener()
+        status = os.fstat(descriptor)
+        age = before - status.st_ctime_ns / 1e9
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or age >= _TICK or age < -1:
+            return descriptor, status
+        os.close(descriptor)
+        _wait(_TICK)
+    raise OSError(errno.EBUSY, "it changes all the time")
 
 
 def is_name(text: str) -> bool:
@@ -52,6 +81,7 @@ class _Problems:
     def __init__(self, directory: Path, tenant: str) -> None:
         self.directory, self.tenant = directory, tenant
         self.lines: list[str] = []
+        self.partial = False  # progs/ was not read to its end: what is missing there says nothing
 
     def add(self, where: str | Place, what: str) -> None:
         place = where if isinstance(where, Place) else f"{self.directory}/{where}" if where else self.directory
@@ -84,12 +114,11 @@ def read(directory: Path, tenant: str | None = None) -> Package:
 
 def _read_config(root: int, found: _Problems) -> bytes | None:
     try:
-        descriptor = syscalls.openat2(root, CONFIG, _READ, resolve=_BENEATH)
+        descriptor, status = _open_settled(lambda: syscalls.openat2(root, CONFIG, _READ, resolve=_BENEATH))
     except OSError as error:
         found.add(CONFIG, f"can't be opened: {error.strerror}, must be a regular file")
         return None
     try:
-        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             found.add(CONFIG, "is not a regular file")
         elif status.st_nlink != 1:
@@ -165,7 +194,7 @@ def _validated(directory: Path, content: bytes, progs: tuple[ProgFile, ...], fou
         return None
     problems = validate.problems("config", value)
     if not problems:
-        problems = list(_cross_check(value, {prog.path: prog for prog in progs}))
+        problems = [] if found.partial else list(_cross_check(value, {prog.path: prog for prog in progs}))
     if problems:
         # JSON is YAML enough to be asked where each value stands.
         places = document.parse(f"{directory}/{CONFIG}", content)
@@ -205,6 +234,7 @@ def _read_progs(root: int, found: _Problems) -> Iterator[ProgFile]:
         return
     except OSError as error:
         found.add(PROGS, f"can't be opened: {error.strerror}, must be a directory")
+        found.partial = True
         return
     walk = _Walk(found)
     try:
@@ -238,17 +268,18 @@ class _Walk:
 
     def _stop(self, where: str, what: str) -> None:
         self._found.add(where, what)
-        self._over = True
+        self._over = self._found.partial = True
 
     def _entry(self, directory: int, name: str, path: str, depth: int) -> Iterator[ProgFile]:
         where = f"{PROGS}/{path}"
         try:
-            descriptor = os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            descriptor, status = _open_settled(
+                lambda: os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            )
         except OSError as error:
             self._found.add(where, f"can't be opened: {error.strerror}")
             return
         try:
-            status = os.fstat(descriptor)
             identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             kind = stat.S_IFMT(status.st_mode)
             if kind == stat.S_IFREG:
