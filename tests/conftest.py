@@ -69,7 +69,12 @@ def scratch() -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def master_root(scratch: Path) -> Path:
-    """A state directory in which the project's own code built the base "default", once a test run."""
+    """A state directory in which the project's own code built the base "default", once a test run.
+
+    ``$ISOCHAMBER_TEST_MASTER`` names one that was built elsewhere: a virtual machine gets it on a disk.
+    """
+    if "ISOCHAMBER_TEST_MASTER" in os.environ:
+        return Path(os.environ["ISOCHAMBER_TEST_MASTER"])
     root = scratch / "master"
     tenants = scratch / "master.yaml"
     tenants.write_text(MINIMAL.format(root=root))

@@ -16,9 +16,13 @@ _CHECKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("format", "ruff: layout", ("ruff", "format", "--check", ".")),
     ("types", "mypy --strict", ("mypy",)),
     ("contracts", "import-linter: who may import whom", ("lint-imports",)),
-    ("unit", "pytest: everything but the slow tests", ("pytest", "-m", "not slow")),
+    ("unit", "pytest: everything but the slow tests", ("pytest", "-m", "not slow and not vm_all and not power")),
 )
-_SLOW = ("slow", "pytest: the tests that take minutes", ("pytest", "-m", "slow"))
+_LONG: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("slow", "pytest: the tests that take minutes", ("pytest", "-m", "slow")),
+    ("vm", "pytest: whole directories of tests on a second kernel", ("pytest", "-m", "vm or vm_all", "tests/vm")),
+    ("power", "pytest: hundreds of power cuts of a virtual machine", ("pytest", "-m", "power", "tests/vm")),
+)
 
 
 def _run(project: Path, argv: tuple[str, ...]) -> TaskFailed | None:
@@ -38,9 +42,9 @@ def _task(project: Path, name: str, doc: str, argv: tuple[str, ...]) -> dict[str
 
 
 def check_tasks(project: Path) -> Iterator[dict[str, Any]]:
-    """Yield ``test`` (everything but slow, in order), its parts, and ``test:slow``.
+    """Yield ``test`` (everything but what takes long, in order), its parts, and the long ones.
 
-    The parts are tasks of their own and not subtasks: a group would take test:slow in.
+    The parts are tasks of their own and not subtasks: a group would take the long ones in.
     """
     former: list[str] = []
     for name, doc, argv in _CHECKS:
@@ -48,5 +52,5 @@ def check_tasks(project: Path) -> Iterator[dict[str, Any]]:
         yield {**task, "task_dep": []}
         former.append(task["basename"])
     yield {"basename": "test", "doc": "lint, types, import contracts, tests", "actions": None, "task_dep": former}
-    name, doc, argv = _SLOW
-    yield _task(project, f"test:{name}", doc, argv)
+    for name, doc, argv in _LONG:
+        yield _task(project, f"test:{name}", doc, argv)

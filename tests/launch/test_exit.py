@@ -26,6 +26,7 @@ def test_the_tenants_own_status_is_the_launchers(tenant: Tenant, status: int) ->
     assert (done.returncode, done.stderr) == (status, "")
 
 
+@pytest.mark.guest
 def test_a_tenant_that_is_killed_gives_128_and_the_signal(tenant: Tenant) -> None:
     with tenant.started("echo ready; exec sleep 1000") as started:
         os.kill(started.record.pid, signal.SIGKILL)
@@ -79,6 +80,7 @@ def test_a_working_directory_that_is_not_there_is_our_failure(tenant: Tenant) ->
     assert "/nowhere" in _one_line(done)
 
 
+@pytest.mark.guest
 def test_a_step_that_fails_is_one_line_with_tenant_step_path_and_errno(tenant: Tenant) -> None:
     tenant.home.rmdir()
     done = tenant.run("/bin/echo", "must not be seen")

@@ -93,6 +93,7 @@ def test_a_tenant_has_no_right_to_touch_the_machine(tenant: Tenant, attempt: str
     assert control == otherwise if otherwise else control != "EPERM"
 
 
+@pytest.mark.guest
 def test_every_namespace_is_the_tenants_own(tenant: Tenant) -> None:
     listing = tenant.output("for n in " + " ".join(KINDS) + "; do readlink /proc/self/ns/$n; done").splitlines()
     host = [os.readlink(f"/proc/self/ns/{kind}") for kind in KINDS]
@@ -100,6 +101,7 @@ def test_every_namespace_is_the_tenants_own(tenant: Tenant) -> None:
     assert [mine == theirs for mine, theirs in zip(host, listing, strict=True)] == [False] * len(KINDS)
 
 
+@pytest.mark.guest
 def test_it_is_pid_1_alone_and_its_hostname_is_its_tid(tenant: Tenant) -> None:
     seen = tenant.output("echo $$ $PPID; hostname; echo /proc/[0-9]*")
     assert seen.splitlines() == ["1 0", tenant.tid, "/proc/1"]
@@ -110,6 +112,7 @@ def test_it_leads_a_session_and_a_process_group_of_its_own(tenant: Tenant) -> No
     assert tenant.perl('print join " ", $$, getpgrp(0), (split " ", `cat /proc/1/stat`)[5]') == "1 1 1"
 
 
+@pytest.mark.guest
 def test_every_capability_the_kernel_knows_is_gone_from_every_set(tenant: Tenant) -> None:
     status = dict(
         re.findall(r"^(Cap\w+|NoNewPrivs|Groups):[ \t]*(.*?)[ \t]*$", tenant.output("cat /proc/1/status"), re.M)
@@ -122,6 +125,7 @@ def test_every_capability_the_kernel_knows_is_gone_from_every_set(tenant: Tenant
     assert status["Groups"] in ("", "0")
 
 
+@pytest.mark.guest
 def test_a_set_uid_program_of_the_tenant_gives_nothing_back(tenant: Tenant) -> None:
     tenant.output("cp /usr/bin/perl /var/tmp/p; chown 0:0 /var/tmp/p; chmod 6755 /var/tmp/p", timeout=60)
     tenant.change(uid=1000, gid=1000)
@@ -137,6 +141,7 @@ def test_an_entry_may_name_another_user_of_the_range(tenant: Tenant) -> None:
         assert os.stat(f"/proc/{started.record.pid}").st_uid == tenant.uid_base + 1234
 
 
+@pytest.mark.guest
 def test_capabilities_that_an_entry_keeps_count_over_its_own_files_only(tenant: Tenant) -> None:
     attempt = "chown 5:5 /home/f; stat -c %u /home/f; mount -t tmpfs t /mnt || echo no; hostname x || echo no"
     (tenant.home / "f").touch()
@@ -153,6 +158,7 @@ def test_an_unknown_capability_is_our_failure(tenant: Tenant) -> None:
     assert "FLY" in done.stderr
 
 
+@pytest.mark.guest
 def test_nothing_but_the_three_descriptors_is_open(tenant: Tenant) -> None:
     script = 'opendir D, "/proc/1/fd"; print join " ", sort grep { /^[0-9]+$/ && $_ != fileno D } readdir D'
     with (tenant.root / "containers.json").open() as extra:  # and one more that leaks from the operator's shell
@@ -175,6 +181,7 @@ def test_signals_and_umask_are_as_a_fresh_process_has_them(tenant: Tenant) -> No
     assert done.stdout.splitlines()[-1] == "0022"
 
 
+@pytest.mark.guest
 def test_the_root_is_the_overlay_and_of_the_hosts_root_nothing_is_left(tenant: Tenant) -> None:
     lines = tenant.output("cat /proc/self/mountinfo").splitlines()
     roots = [line for line in lines if line.split()[4] == "/"]
@@ -205,6 +212,7 @@ def test_no_mount_of_the_tenants_reaches_a_host_whose_mounts_are_shared(tenant: 
     assert after == before
 
 
+@pytest.mark.guest
 def test_dot_dot_ends_at_the_root(tenant: Tenant) -> None:
     host = Path("/").stat()
     inside = tenant.output(
@@ -214,6 +222,7 @@ def test_dot_dot_ends_at_the_root(tenant: Tenant) -> None:
     assert inside[0] != f"{host.st_dev}:{host.st_ino}"
 
 
+@pytest.mark.guest
 def test_proc_shows_the_tenant_and_takes_no_settings(tenant: Tenant) -> None:
     before = Path("/proc/sys/kernel/core_pattern").read_text()
     attempts = (
@@ -252,6 +261,7 @@ def test_what_tells_of_the_host_is_hidden(tenant: Tenant, path: str) -> None:
     assert tenant.output(f"test -c {path} && wc -c < {path}") == "0"
 
 
+@pytest.mark.guest
 def test_directories_that_tell_of_the_host_are_empty_and_read_only(tenant: Tenant) -> None:
     for path in ("/proc/acpi", "/proc/scsi", "/sys/firmware"):
         if Path(path).is_dir():
@@ -259,6 +269,7 @@ def test_directories_that_tell_of_the_host_are_empty_and_read_only(tenant: Tenan
             assert tenant.sh(f"touch {path}/x").returncode != 0
 
 
+@pytest.mark.guest
 def test_dev_is_fresh_and_holds_only_harmless_devices(tenant: Tenant) -> None:
     listing = tenant.output("cd /dev; for n in *; do stat -c '%n %F %t:%T %a' $n; done").splitlines()
     devices = {line for line in listing if "special" in line}
@@ -273,6 +284,7 @@ def test_dev_is_fresh_and_holds_only_harmless_devices(tenant: Tenant) -> None:
     assert tenant.perl('open(my $m, "+<", "/dev/ptmx") or die $!; print "terminal"') == "terminal"
 
 
+@pytest.mark.guest
 def test_tmp_and_shm_are_fresh_bounded_and_nobodys_else(tenant: Tenant) -> None:
     tenant.change(tmpfs={"tmp": 1 << 20, "shm": 1 << 19})
     for path, size in (("/tmp", 1 << 20), ("/dev/shm", 1 << 19)):
@@ -282,6 +294,7 @@ def test_tmp_and_shm_are_fresh_bounded_and_nobodys_else(tenant: Tenant) -> None:
         assert tenant.output(f"ls -A {path}") == "", "it is fresh at every start"
 
 
+@pytest.mark.guest
 def test_the_network_is_a_loopback_that_is_up_and_low_ports_and_ping_need_no_capability(tenant: Tenant) -> None:
     seen = tenant.output("ls /sys/class/net; cat /sys/class/net/lo/operstate; cat /proc/net/dev | wc -l")
     assert seen.split() == ["lo", "unknown", "3"]
@@ -331,6 +344,7 @@ def test_nobody_of_the_host_can_be_signalled(tenant: Tenant) -> None:
     assert tenant.perl("kill 9, -1; print 'still here'") == "still here"
 
 
+@pytest.mark.guest
 def test_resource_limits_are_set_and_cannot_be_raised(tenant: Tenant) -> None:
     tenant.change(rlimits={"NOFILE": 123, "CORE": 0})
     seen = tenant.sh("ulimit -n; ulimit -Hn; ulimit -c; ulimit -n 124; ulimit -Hn 200; ulimit -n")

@@ -36,6 +36,7 @@ def _gone(tenant: Tenant) -> None:
     assert not any(tenant.tid in target for target in tenants.host_mounts())
 
 
+@pytest.mark.guest
 def test_a_launcher_killed_with_kill_9_leaves_nothing_of_the_tenant(tenant: Tenant) -> None:
     before = tenants.host_mounts()
     with tenant.started(STUBBORN) as started:
@@ -71,6 +72,7 @@ def test_launcher_and_keeper_killed_together_leave_a_tenant_that_starts_again(te
     _gone(tenant)
 
 
+@pytest.mark.guest
 def test_a_frozen_tenant_dies_with_its_launcher_too(tenant: Tenant) -> None:
     if tenant.group is None:
         pytest.skip("cgroup2")
@@ -81,6 +83,7 @@ def test_a_frozen_tenant_dies_with_its_launcher_too(tenant: Tenant) -> None:
         _gone(tenant)
 
 
+@pytest.mark.guest
 def test_what_the_host_put_into_the_tenants_cgroup_ends_with_it(tenant: Tenant) -> None:
     group = tenant.group
     if group is None or not (group.parents[1] / "cgroup.procs").exists():
@@ -124,6 +127,7 @@ def test_the_keeper_holds_nothing_of_the_operators(tenant: Tenant) -> None:
         assert {os.readlink(fds / str(number)) for number in range(3)} == {"/dev/null"}
 
 
+@pytest.mark.guest
 def test_a_second_start_of_a_tenant_is_refused_with_one_line_and_harms_nothing(tenant: Tenant) -> None:
     with tenant.started("echo ready; read x; echo still here") as started:
         second = tenant.run("/bin/echo", "must not run")
@@ -172,6 +176,7 @@ def test_looking_at_a_tenant_never_refuses_its_start(tenant: Tenant) -> None:
         observer.join()
 
 
+@pytest.mark.guest
 def test_stop_ends_a_tenant_and_returns_when_nothing_is_left(tenant: Tenant) -> None:
     with tenant.started(STUBBORN) as started:
         assert stop.stop(tenant.tid) is True
@@ -273,6 +278,7 @@ def test_stop_waits_for_a_tenant_that_is_just_being_set_up(tenant: Tenant) -> No
     assert outcome == [True]
 
 
+@pytest.mark.guest
 def test_a_cgroup_that_was_left_behind_frozen_killed_and_occupied_is_made_anew(tenant: Tenant) -> None:
     group = tenant.group
     if group is None:

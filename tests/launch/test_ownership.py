@@ -5,9 +5,12 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.launch.tenants import Tenant
 
 
+@pytest.mark.guest
 def test_a_file_of_the_tenants_root_is_host_roots_in_home_and_the_ranges_in_the_upper(tenant: Tenant) -> None:
     tenant.output("touch /home/mine /var/mine; install -o 33 -g 34 /dev/null /nothing 2>/dev/null || true")
     assert (tenant.home / "mine").stat().st_uid == 0
@@ -33,6 +36,7 @@ def test_what_the_operator_drops_into_home_appears_at_once_and_is_the_tenants(te
         assert [started.line(), started.line()] == ["0:0:600", "news"]
 
 
+@pytest.mark.guest
 def test_the_base_is_seen_as_the_tenants_own_and_is_never_changed(tenant: Tenant, base: str) -> None:
     rootfs = tenant.root / base
     before = _fingerprint(rootfs)
@@ -52,6 +56,7 @@ def test_a_set_uid_file_of_a_tenant_is_never_the_hosts_roots_within_reach_of_a_u
     assert tenant.output("grep -c ' /home .*nosuid,nodev' /proc/mounts") == "1"
 
 
+@pytest.mark.guest
 def test_two_tenants_on_one_base_see_nothing_of_each_other(make_tenant: Callable[..., Tenant]) -> None:
     first, second = make_tenant(), make_tenant()
     assert first.uid_base != second.uid_base
@@ -69,6 +74,7 @@ def test_two_tenants_on_one_base_see_nothing_of_each_other(make_tenant: Callable
     assert not (second.home / "mark").exists()
 
 
+@pytest.mark.guest
 def test_a_layer_lies_above_the_base_and_is_read_only_too(tenant: Tenant, base: str) -> None:
     layer = tenant.root / f"layers/{tenant.tid}/rootfs"
     (layer / "etc").mkdir(parents=True)

@@ -21,6 +21,7 @@ def _namespaces(tenant: Tenant) -> dict[str, int]:
     return {text.partition(":")[0]: int(text.partition("[")[2].rstrip("]")) for text in listing}
 
 
+@pytest.mark.guest
 def test_every_start_joins_the_same_two_namespaces(tenant: Tenant) -> None:
     first = _namespaces(tenant)
     assert first == _pins(tenant)
@@ -32,6 +33,7 @@ def test_the_map_is_the_tenants_range_and_nothing_else(tenant: Tenant) -> None:
     assert maps == ["0", str(tenant.uid_base), "65536"] * 2
 
 
+@pytest.mark.guest
 def test_pins_that_a_reboot_forgot_are_made_again(tenant: Tenant) -> None:
     _namespaces(tenant)
     pins.remove_pins(tenant.tid)
@@ -103,6 +105,7 @@ def test_many_at_once_make_one_pair(tenant: Tenant) -> None:
     assert outputs == {"{user} {net}\n".format(**_pins(tenant))}
 
 
+@pytest.mark.guest
 def test_removing_leaves_no_mount_no_file_and_may_be_done_twice(tenant: Tenant) -> None:
     _namespaces(tenant)
     directory = Path(paths.namespace_pin(tenant.tid, "user")).parent

@@ -38,6 +38,7 @@ def test_it_needs_no_containers_json(tenant: Tenant) -> None:
     assert _run(tenant, "echo built").stdout == "built\n"
 
 
+@pytest.mark.guest
 def test_an_install_script_has_the_rights_of_dpkg_over_its_own_files_and_no_other(tenant: Tenant) -> None:
     rights = list(capabilities.INSTALL)
     script = (
@@ -52,6 +53,7 @@ def test_an_install_script_has_the_rights_of_dpkg_over_its_own_files_and_no_othe
     assert _run(tenant, "chown 33:34 /var/f").returncode != 0, "the control: without them"
 
 
+@pytest.mark.guest
 def test_a_volatile_overlay_is_used_again_after_its_workdir_was_cleared(tenant: Tenant) -> None:
     assert "volatile" in _run(tenant, "grep overlay /proc/mounts", volatile=True).stdout
     # overlayfs.rst, "Volatile mount": the kernel refuses it until somebody has looked at it.

@@ -11,6 +11,7 @@ import pytest
 from isochamber.launch import syscalls
 
 
+@pytest.mark.guest
 def test_openat2_stays_below_its_directory_and_says_which_path(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "link").symlink_to("/etc/passwd")
@@ -43,6 +44,7 @@ def test_rename_noreplace_never_overwrites(tmp_path: Path) -> None:
     assert (tmp_path / "c").read_text() == "a"
 
 
+@pytest.mark.guest
 def test_rename_exchange_swaps(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a")
     (tmp_path / "b").write_text("b")
@@ -52,6 +54,7 @@ def test_rename_exchange_swaps(tmp_path: Path) -> None:
         syscalls.rename_exchange(str(tmp_path / "a"), str(tmp_path / "none"))
 
 
+@pytest.mark.guest
 def test_syncfs_takes_any_descriptor_of_the_file_system(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path, os.O_RDONLY)
     syscalls.syncfs(descriptor)
@@ -61,6 +64,7 @@ def test_syncfs_takes_any_descriptor_of_the_file_system(tmp_path: Path) -> None:
     assert caught.value.errno == errno.EBADF
 
 
+@pytest.mark.guest
 def test_clone3_gives_a_child_with_a_pidfd_in_a_namespace_of_its_own() -> None:
     read, write = os.pipe()
     pid, pidfd = syscalls.clone3(syscalls.CLONE_NEWPID)

@@ -134,6 +134,7 @@ def test_a_root_that_its_tenant_closed_to_itself_fails_cleanly(tenant: Tenant) -
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (125, "", 1)
 
 
+@pytest.mark.guest
 def test_a_tenant_that_removed_all_its_programs_is_told_so(tenant: Tenant) -> None:
     for name in ("usr", "bin", "lib", "lib64"):
         os.mknod(tenant.upper / name, 0o20000, os.makedev(0, 0))  # a whiteout: overlayfs.rst

@@ -102,6 +102,7 @@ def _launch(tenant: Tenant, sabotage: str) -> tenants.Done:
     return tenants.run(["unshare", "-m", *words])
 
 
+@pytest.mark.guest
 def test_the_same_program_without_sabotage_starts_the_tenant(tenant: Tenant) -> None:
     done = _launch(tenant, "")
     assert (done.stdout, done.returncode) == ("it ran\n", 0), done.stderr

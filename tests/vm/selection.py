@@ -1,0 +1,16 @@
+"""Which of the project's tests run inside: a chosen few at every run, whole directories by ``./doit test:vm``."""
+
+from tests.conftest import PROJECT
+
+WHOLE = ("tests/launch", "tests/limits", "tests/seccomp", "tests/escape")
+
+
+def whole() -> list[str]:
+    """Return the directories that there are."""
+    return [name for name in WHOLE if (PROJECT / name).is_dir()]
+
+
+def chosen() -> list[str]:
+    """Return the files with tests that carry the marker ``guest``: collecting all others would take a minute inside."""
+    files = (path for path in (PROJECT / "tests").rglob("test_*.py") if "@pytest.mark.guest" in path.read_text())
+    return sorted(str(path.relative_to(PROJECT)) for path in files)

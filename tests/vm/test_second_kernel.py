@@ -1,0 +1,91 @@
+"""The project on a kernel that is not the developers': Debian's own, with cgroup v2 alone, AppArmor and Landlock."""
+
+import re
+import sys
+
+import pytest
+
+from tests.vm import selection
+from tests.vm.image import INSIDE
+from tests.vm.machine import Done, Machine
+
+ENVIRONMENT = {"ISOCHAMBER_TEST_SCRATCH": "/srv", "ISOCHAMBER_TEST_MASTER": "/srv/master"}
+PYTHON = f"{INSIDE}/.venv/bin/python"
+
+HELLO = f"""\
+set -eu
+mkdir -p /srv/hello/state
+cp -al /srv/master/base_fs /srv/hello/state
+cat > /srv/hello/tenants.yaml <<END
+root: /srv/hello/state
+bases: {{default: {{packages: []}}}}
+tenants: {{hello: {{package: {INSIDE}/examples/hello, ipc: none}}}}
+END
+export ISOCHAMBER_TENANTS=/srv/hello/tenants.yaml
+{PYTHON} -m isochamber.tasks run:hello
+rm -rf /srv/hello
+"""
+
+
+def suite(machine: Machine, *words: str, timeout: float) -> Done:
+    """Run the project's tests inside."""
+    pytest_words = (
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+        "-o",
+        "timeout=1800",
+        "-o",
+        "faulthandler_timeout=1700",
+    )
+    return machine.run(
+        PYTHON, "-m", "pytest", *pytest_words, *words, cwd=INSIDE, env=ENVIRONMENT, timeout=timeout
+    )  # fmt: skip
+
+
+def passed(done: Done, capsys: pytest.CaptureFixture[str]) -> int:
+    """Return how many tests passed inside, where none may fail; says so, and what was skipped for which reason."""
+    assert done.returncode == 0, f"{done.stdout[-12000:]}\n{done.stderr[-2000:]}"
+    lines = done.stdout.splitlines()
+    with capsys.disabled():
+        for line in (line for line in lines if line.startswith("SKIPPED") or line == lines[-1]):
+            sys.stdout.write(f"\n  on the second kernel: {line}")
+    found = re.search(r"(\d+) passed", done.stdout)
+    assert found, done.stdout
+    return int(found[1])
+
+
+@pytest.mark.vm
+def test_the_second_kernel_differs_where_a_board_does(machine: Machine) -> None:
+    assert machine.check("uname", "-r").startswith("6.")
+    assert "cloud-amd64" in machine.check("uname", "-r")
+    mounts = machine.check("cat", "/proc/mounts")
+    assert " cgroup2 " in mounts
+    assert " cgroup " not in mounts
+    controllers = machine.check("cat", "/sys/fs/cgroup/cgroup.controllers").split()
+    assert {"cpu", "io", "memory", "pids"} <= set(controllers)
+    modules = machine.check("cat", "/sys/kernel/security/lsm").split(",")
+    assert {"apparmor", "landlock", "yama"} <= set(modules)
+    assert machine.check("cat", "/sys/module/apparmor/parameters/enabled").strip() == "Y"
+
+
+@pytest.mark.vm
+def test_hello_is_built_and_run_there(machine: Machine) -> None:
+    said = machine.check("sh", "-c", HELLO, timeout=300)
+    assert "Hello from a tenant of this machine." in said
+
+
+@pytest.mark.vm
+@pytest.mark.timeout(1200)
+def test_chosen_tests_of_the_suite_pass_there(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
+    assert passed(suite(machine, "-m", "guest", *selection.chosen(), timeout=900), capsys) >= 30
+
+
+@pytest.mark.vm_all
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("directory", selection.whole())
+def test_a_whole_directory_of_tests_passes_there(
+    machine: Machine, directory: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert passed(suite(machine, "-m", "not slow", directory, timeout=7000), capsys) > 0
