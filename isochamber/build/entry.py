@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isochamber import paths
-from isochamber.build import durable, identity, locks, registry
+from isochamber.build import durable, identity, limits, locks, registry
 from isochamber.build.identity import Identity
 from isochamber.build.inputs import Inputs
 from isochamber.build.progress import Reporter
@@ -61,8 +61,10 @@ def make(
         "ipc": tenant.ipc,
         "network": tenant.network,
         "capabilities": [],
-        "tmpfs": {"tmp": tenant.limits.tmp, "shm": tenant.limits.shm},
-        "rlimits": {"NOFILE": tenant.limits.open_files, "CORE": 0},
+        "tmpfs": limits.tmpfs(tenant.limits),
+        "rlimits": limits.rlimits(tenant.limits),
+        "limits": limits.groups(tenant.limits),
+        "limits_required": limits.required(tenant.limits),
         "service": _service(tenant.service),
         "package": os.fspath(package.directory),
         "inputs": [

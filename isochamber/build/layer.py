@@ -147,7 +147,9 @@ def _install(state: State, tenant: Tenant, sandbox: Sandbox, progress: Product) 
     limit = tenant.limits.install_seconds
     cache = base.deb_cache(state, sandbox.base_product)
     debcache.show(cache, sandbox.packages)
-    outcome = sandbox.run(argv, dict(tenant.install_env), seconds=limit, tenant=tenant.name, log=log, product=progress)
+    outcome = sandbox.run(
+        argv, dict(tenant.install_env), bounds=tenant.limits, tenant=tenant.name, log=log, product=progress
+    )
     late = progress.seconds >= limit
     with contextlib.suppress(OSError):  # a cache that can't be kept costs time and nothing else
         _keep_debs(state, sandbox)

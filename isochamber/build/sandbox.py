@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import process, registry
+from isochamber.build import limits, process, registry
 from isochamber.build.entry import PATH
 from isochamber.build.identity import UID_COUNT, Identity, make_owned
 from isochamber.build.process import Outcome
 from isochamber.build.progress import Product
 from isochamber.build.state import State
 from isochamber.launch import capabilities, command, pins
+from isochamber.spec.model import Limits
 
 ENVIRONMENT = {
     "PATH": PATH,
@@ -23,7 +24,6 @@ ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
     "container": "isochamber",
 }
-_LARGEST_FILE = 16 << 30  # bytes, holes counted
 _HOSTNAME = "isochamber-build"  # the host's own name is nobody's business
 
 
@@ -65,13 +65,13 @@ class Sandbox:
         return build_tid(self.who.tid)
 
     def run(
-        self, argv: Sequence[str], env: Mapping[str, str], *, seconds: int, tenant: str, log: Path, product: Product
+        self, argv: Sequence[str], env: Mapping[str, str], *, bounds: Limits, tenant: str, log: Path, product: Product
     ) -> Outcome:
-        """Run ``argv`` to its end, killed after ``seconds``; nothing of it is left then. Raises OSError."""
+        """Run ``argv`` to its end, or its time limit; nothing of it is left then. Raises OSError."""
         plan = os.memfd_create("plan", os.MFD_CLOEXEC)
         try:
             with os.fdopen(os.dup(plan), "wb") as file:
-                file.write(json.dumps(self._plan(argv, env, seconds, tenant)).encode())
+                file.write(json.dumps(self._plan(argv, env, bounds, tenant)).encode())
             os.lseek(plan, 0, os.SEEK_SET)
             words = command.argv("plan", "--root", str(self.state.root), "--fd", str(plan))
             return process.run(words, log=log, product=product, pass_fds=(plan,))
@@ -79,7 +79,7 @@ class Sandbox:
             os.close(plan)
             pins.remove(self.tid)
 
-    def _plan(self, argv: Sequence[str], env: Mapping[str, str], seconds: int, tenant: str) -> dict[str, object]:
+    def _plan(self, argv: Sequence[str], env: Mapping[str, str], bounds: Limits, tenant: str) -> dict[str, object]:
         stage = self.state.relative(self.stage)
         return {
             "tid": self.tid,
@@ -105,10 +105,12 @@ class Sandbox:
             "network": "host",
             "capabilities": list(capabilities.INSTALL),
             "tmpfs": {"tmp": 1 << 30, "shm": 64 << 20},
-            "rlimits": {"CORE": 0, "FSIZE": _LARGEST_FILE},
+            "rlimits": limits.install_rlimits(bounds),
+            "limits": limits.install_groups(bounds),
+            "limits_required": limits.install_required(bounds),
             "service": None,
             "volatile": True,
-            "timeout": seconds,
+            "timeout": bounds.install_seconds,
         }
 
 

@@ -75,8 +75,20 @@ def show(arguments: argparse.Namespace) -> int:
         else:
             text = value if isinstance(value, str) else json.dumps(value)
             common.say(f"{key:<11} {printable(text)}")
+    _show_limits(entry, str(common.root_of(arguments)))
     common.say(f"{'status':<11} {_row(entry)['status']}")
     return 0
+
+
+def _show_limits(entry: dict[str, Any], root: str) -> None:
+    """Say of each limit which file holds it, or that none does."""
+    from isochamber.launch import limits, records  # noqa: PLC0415
+
+    running = records.running(entry["tid"]) is not None
+    for text, problem in limits.in_force(entry["tid"], entry["limits"], root, running=running):
+        common.say(f"{'limit':<11} {printable(text)}")
+        if problem is not None:
+            common.say(f"{'warning':<11} {printable(text.split()[0])} is not in force: {printable(problem)}")
 
 
 def delete(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,10 @@
-"""cgroup v2 (Documentation/admin-guide/cgroup-v2.rst): one group a tenant, so that all of it can be frozen and killed.
+"""Control groups: one of each kind a tenant, so that all of it can be limited, frozen and killed at once.
 
-A machine with v1 controllers may have a v2 tree beside them ("hybrid"); its kill
-and freeze work without any controller. Limits come with the isolation work.
+A machine may have the v2 tree alone (Documentation/admin-guide/cgroup-v2.rst), v1
+controllers alone (cgroup-v1/), or v1 controllers with a v2 tree beside them. Each
+controller is used where it is: v1 if it is mounted there, else v2. Kill and freeze
+are v2's, which work without any controller. What is written into the groups is
+decided in :mod:`isochamber.launch.limits`.
 """
 
 from __future__ import annotations
@@ -12,72 +15,173 @@ import select
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
+from isochamber.launch.lean import signal
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    Remover = Callable[[str], None]
 
 _PATIENCE = 5000  # milliseconds for killed processes to leave their group
+_A_MOMENT = 10  # milliseconds between two looks at a v1 group, which can't be waited for
 
 
-def v2_tree() -> str | None:
-    """Return where the cgroup v2 hierarchy is mounted, or None."""
+class Trees:
+    """Where the cgroup file systems are mounted."""
+
+    __slots__ = ("v1", "v2")
+
+    def __init__(self, v1: dict[str, str], v2: str | None) -> None:
+        self.v1 = v1  # controller -> mount point
+        self.v2 = v2
+
+
+class Groups:
+    """One tenant's groups, as paths: of the v2 tree, and of each v1 controller that is used."""
+
+    __slots__ = ("refused", "v1", "v2")
+
+    def __init__(self, v1: dict[str, str], v2: str | None) -> None:
+        self.v1 = v1  # controller -> group; controllers mounted together have the same one
+        self.v2 = v2
+        self.refused: dict[str, OSError] = {}  # v2 controllers that could not be enabled
+
+
+def trees() -> Trees:
+    """Look at this mount namespace (proc_pid_mountinfo(5)): the first mount of each controller counts."""
+    v1: dict[str, str] = {}
+    v2 = None
     with open("/proc/self/mountinfo", "rb") as file:
         for line in file:
+            if b" - cgroup" not in line:
+                continue
             fields, _, rest = line.partition(b" - ")
+            target = os.fsdecode(fields.split(b" ")[4])
             if rest.startswith(b"cgroup2 "):
-                return os.fsdecode(fields.split(b" ")[4])
-    return None
+                v2 = v2 or target
+            elif rest.startswith(b"cgroup "):
+                for option in rest.split()[2].decode().split(","):
+                    v1.setdefault(option, target)  # "rw" and "name=systemd" among them: nobody asks for those
+    return Trees(v1, v2)
 
 
-def make(tid: str) -> str | None:
-    """Make the tenant's group, anew, and return its path; None where there is no v2 tree. Raises IsochamberError.
+def _name(tid: str) -> str:
+    return f"{paths.cgroup_parent()}/{tid}"
+
+
+def groups_of(tid: str, controllers: Iterable[str], found: Trees) -> Groups:
+    """Return the names of the groups that ``tid`` has for ``controllers``, there or not."""
+    v1 = {controller: f"{found.v1[controller]}/{_name(tid)}" for controller in controllers if controller in found.v1}
+    return Groups(v1, None if found.v2 is None else f"{found.v2}/{_name(tid)}")
+
+
+def make(tid: str, controllers: Iterable[str]) -> Groups:
+    """Make the tenant's groups, anew, for ``controllers`` wherever this machine has them. Raises IsochamberError.
 
     The caller holds the tenant's lock: who is in a group of that name was left behind, and is killed.
     """
-    tree = v2_tree()
-    if tree is None:
-        return None
-    group = f"{tree}/{paths.cgroup_parent()}/{tid}"
+    found = trees()
+    wanted = list(controllers)
+    groups = groups_of(tid, wanted, found)
+    group = None
     try:
-        os.makedirs(os.path.dirname(group), 0o755, exist_ok=True)
         # Never one that was left behind: it may be frozen, and clone3 into one that was killed once kills the child
-        # (seen on Linux 6.18).
-        remove(group)
-        os.mkdir(group, 0o755)
+        # (seen on Linux 6.18). A former start may have used more controllers.
+        for tree in {*found.v1.values()}:
+            group = f"{tree}/{_name(tid)}"
+            _remove_v1(group)
+        for group in {*groups.v1.values()}:
+            os.makedirs(group, 0o755)
+        if found.v2 is not None and groups.v2 is not None:
+            group = groups.v2
+            remove(group)
+            os.makedirs(os.path.dirname(group), 0o755, exist_ok=True)
+            for controller in wanted:
+                if controller not in groups.v1:
+                    _enable(groups, found.v2, controller)
+            os.mkdir(group, 0o755)
     except OSError as error:
         raise IsochamberError.from_os(
-            error, stage="launch", path=group, hint="is the cgroup2 file system mounted read-only?"
+            error, stage="launch", path=group, hint="is the cgroup file system mounted read-only?"
         ) from error
-    return group
+    return groups
 
 
-def _write(group: str, file: str, text: str) -> None:
-    descriptor = os.open(f"{group}/{file}", os.O_WRONLY | os.O_CLOEXEC)
+def _enable(groups: Groups, tree: str, controller: str) -> None:
+    """Let the tenants' groups have a v2 controller: each level gives it to the next (cgroup-v2.rst, 2-4-1)."""
+    parent = tree
+    try:
+        for level in [*paths.cgroup_parent().split("/"), ""]:
+            if controller not in _read(parent, "cgroup.controllers").split():
+                return  # this kernel has it not, or has it as v1: the file that is missing will tell
+            if controller not in _read(parent, "cgroup.subtree_control").split():
+                write(parent, "cgroup.subtree_control", f"+{controller}")
+            parent = f"{parent}/{level}"
+    except OSError as error:
+        groups.refused[controller] = error
+
+
+def enter(groups: Groups) -> None:
+    """Move this process into its v1 groups; clone3 put it into the v2 one. Raises OSError."""
+    for group in {*groups.v1.values()}:
+        write(group, "cgroup.procs", "0")  # the writer itself
+
+
+def _read(group: str, file: str) -> str:
+    with open(f"{group}/{file}", "rb") as content:
+        return content.read().decode()
+
+
+def write(group: str, file: str, text: str) -> None:
+    """Write ``text`` into one file of ``group``; raises OSError with its path."""
+    path = f"{group}/{file}"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
         os.write(descriptor, text.encode())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
     finally:
         os.close(descriptor)
 
 
 def freeze(group: str, *, frozen: bool) -> None:
-    """Stop or continue every process of ``group`` at once; raises OSError."""
-    _write(group, "cgroup.freeze", "1" if frozen else "0")
+    """Stop or continue every process of the v2 ``group`` at once; raises OSError."""
+    write(group, "cgroup.freeze", "1" if frozen else "0")
 
 
 def kill(group: str) -> None:
-    """SIGKILL to every process of ``group`` at once; to nobody before Linux 5.14 (no cgroup.kill). Raises OSError."""
+    """SIGKILL to every process of the v2 ``group``; to nobody before Linux 5.14 (no cgroup.kill). Raises OSError."""
     try:
-        _write(group, "cgroup.kill", "1")
+        write(group, "cgroup.kill", "1")
     except FileNotFoundError:
         pass
 
 
-def remove(group: str) -> None:
-    """Remove ``group`` and the groups below it, killing whoever is in it; one that is gone is fine. Raises OSError.
+def remove_all(groups: Groups) -> None:
+    """Remove the groups of one start, killing whoever is in them; those that are gone are fine. Raises OSError.
 
     What a tenant started has died with its PID namespace: this ends what the host put beside it.
     """
+    failed = None
+    if groups.v2 is not None:
+        try:
+            remove(groups.v2)
+        except OSError as error:
+            failed = error
+    for group in {*groups.v1.values()}:
+        try:
+            _remove_v1(group)
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+
+
+def remove(group: str) -> None:
+    """Remove the v2 ``group`` and those below, killing whoever is in it; one that is gone is fine. Raises OSError."""
     try:
-        for name in os.listdir(group):
-            if os.path.isdir(f"{group}/{name}"):
-                remove(f"{group}/{name}")
+        _remove_below(group, remove)
         try:
             os.rmdir(group)
         except OSError as error:
@@ -88,6 +192,47 @@ def remove(group: str) -> None:
             os.rmdir(group)
     except FileNotFoundError:
         pass
+
+
+def _remove_v1(group: str) -> None:
+    """Do the same with a v1 group, which has no kill of its own and nothing to wait on."""
+    try:
+        os.rmdir(group)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+            raise
+    try:
+        _remove_below(group, _remove_v1)
+        poller = select.poll()
+        for _ in range(_PATIENCE // _A_MOMENT):
+            for pid in _read(group, "cgroup.procs").split():
+                _kill_one(int(pid))
+            try:
+                os.rmdir(group)
+                return
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+            poller.poll(_A_MOMENT)
+        os.rmdir(group)
+    except FileNotFoundError:
+        pass
+
+
+def _remove_below(group: str, remove_one: Remover) -> None:
+    for name in os.listdir(group):
+        if os.path.isdir(f"{group}/{name}"):
+            remove_one(f"{group}/{name}")
+
+
+def _kill_one(pid: int) -> None:
+    if pid:  # 0: of a PID namespace that we do not see
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
 
 
 def _wait_until_empty(group: str) -> None:

@@ -19,7 +19,7 @@ _TTY_GID = 5  # Debian's group tty
 _MAX_TERMINALS = 64
 
 
-def make(root: int, owner: int, shm: int) -> None:
+def make(root: int, owner: int, shm: int, shm_inodes: int | None = None) -> None:
     """Mount /dev with its nodes, /dev/pts (an instance of its own), /dev/shm of ``shm`` bytes and /dev/mqueue.
 
     The nodes are made here and never taken from the tenant's file system, where a
@@ -46,7 +46,7 @@ def make(root: int, owner: int, shm: int) -> None:
         f"newinstance,ptmxmode=0666,mode=0620,uid={owner},gid={owner + _TTY_GID},max={_MAX_TERMINALS}",
     )  # fmt: skip
     os.close(pts)
-    mounts.mount_tmpfs(root, "dev/shm", owner, "1777", shm)
+    mounts.mount_tmpfs(root, "dev/shm", owner, "1777", shm, shm_inodes)
     queue = mounts.open_target(root, "dev/mqueue", owner=owner)
     mounts.mount_on(queue, "mqueue", "mqueue", syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC)
     os.close(queue)

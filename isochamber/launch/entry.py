@@ -34,6 +34,8 @@ class Entry:
         "home_fd",
         "hostname",
         "ipc",
+        "limits",
+        "limits_required",
         "lowers",
         "name",
         "network",
@@ -87,6 +89,10 @@ class Entry:
         self.service: Service | None = (
             None if field.present("service") is None else Service(field.mapping_of_any("service"))
         )
+        self.limits: dict[str, int] = field.numbers("limits")
+        if "swap" in self.limits and "memory" not in self.limits:
+            raise field.wrong("limits", "complete: swap needs memory beside it")
+        self.limits_required: list[str] = field.texts("limits_required")
         # Only a plan has these.
         self.volatile: bool = raw.get("volatile") is True
         self.home_fd: int | None = field.number("home_fd", 0, 1 << 20) if "home_fd" in raw else None

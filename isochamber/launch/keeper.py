@@ -55,7 +55,7 @@ def keep(prepared: start.Prepared, messages: _socket.socket, life: int) -> None:
 
 def clone(prepared: start.Prepared) -> tuple[int, int]:
     """Clone the tenant's first process into its namespaces and its group; returns (pid, pidfd), in it (0, -1)."""
-    group = os.open(prepared.cgroup, os.O_RDONLY | os.O_DIRECTORY) if prepared.cgroup else None
+    group = os.open(prepared.groups.v2, os.O_RDONLY | os.O_DIRECTORY) if prepared.groups.v2 else None
     try:
         return syscalls.clone3(start.TENANT_NAMESPACES, cgroup_fd=group)
     finally:
@@ -68,7 +68,7 @@ def record(prepared: start.Prepared, pidfd: int, keeper: int, *, shared: bool) -
     with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:  # proc_pid_fdinfo(5)
         pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
     started = records.start_time(pid)  # a zombie at worst: only we reap it
-    made = records.Record(pid, keeper, started, prepared.cgroup, shared, prepared.waits)
+    made = records.Record(pid, keeper, started, prepared.groups.v2, shared, prepared.waits)
     records.write(prepared.entry.tid, made)
     return made
 
@@ -108,8 +108,7 @@ def _reap(pid: int, pidfd: int) -> int:
 def _clean(prepared: start.Prepared, messages: _socket.socket) -> None:
     """Leave nothing behind but the pins; what can't be removed is said and does not change the tenant's status."""
     try:
-        if prepared.cgroup:
-            cgroup.remove(prepared.cgroup)
+        cgroup.remove_all(prepared.groups)
         records.forget(prepared.entry.tid)
     except OSError as error:
         wrapped = IsochamberError.from_os(error, stage="launch", hint="the next start of the tenant tries again")

@@ -140,12 +140,12 @@ def mount_kernel_views(root: int, owner: int) -> None:
     os.close(sys)
 
 
-def mount_tmpfs(root: int, path: str, owner: int, mode: str, size: int, *, noexec: bool = False) -> None:
-    """Mount a tmpfs of ``size`` bytes at ``path``, owned by the tenant's root; inodes are bounded by the size too."""
+def mount_tmpfs(root: int, path: str, owner: int, mode: str, size: int, inodes: int | None = None) -> None:
+    """Mount a tmpfs of ``size`` bytes at ``path``, owned by the tenant's root; by default an inode a page of it."""
     target = open_target(root, path, owner=owner)
-    inodes = max(64, size // 4096)
-    flags = _DATA_ONLY if noexec else _NO_PRIVILEGES
-    mount_on(target, "tmpfs", "tmpfs", flags, f"mode={mode},size={size},nr_inodes={inodes},uid={owner},gid={owner}")
+    inodes = inodes or max(64, size // 4096)
+    data = f"mode={mode},size={size},nr_inodes={inodes},uid={owner},gid={owner}"
+    mount_on(target, "tmpfs", "tmpfs", _NO_PRIVILEGES, data)
     os.close(target)
 
 

@@ -13,13 +13,13 @@ from isochamber.launch.messages import Word
 class Running:
     """The keeper, the tenant's first process, and what they have said so far."""
 
-    __slots__ = ("_life", "cgroup", "end", "exit_code", "failure", "keeper", "master", "pid", "pidfd", "tenant", "tid")
+    __slots__ = ("_life", "end", "exit_code", "failure", "groups", "keeper", "master", "pid", "pidfd", "tenant", "tid")
 
     def __init__(self, prepared: start.Prepared) -> None:
         """Clone the keeper, which clones the tenant; returns when that exists. Raises IsochamberError."""
         self.tenant = prepared.entry.name
         self.tid = prepared.entry.tid
-        self.cgroup = prepared.cgroup
+        self.groups = prepared.groups
         self.pid: int | None = None  # as the host sees it, once STARTED came
         self.pidfd: int | None = None
         self.master: int | None = None
@@ -97,8 +97,7 @@ class Running:
         except IsochamberError:
             return  # it has been started anew already: all of this is the new one's
         try:
-            if self.cgroup is not None:
-                cgroup.remove(self.cgroup)
+            cgroup.remove_all(self.groups)
             records.forget(self.tid)
         except OSError as error:
             _warn(IsochamberError.from_os(error, stage="clean up", tenant=self.tenant))
@@ -130,9 +129,9 @@ class Running:
 
     def freeze(self, *, frozen: bool) -> None:
         """Stop or continue all of the tenant: its cgroup, or where there is none its PID 1 alone."""
-        if self.cgroup is not None:
+        if self.groups.v2 is not None:
             try:
-                cgroup.freeze(self.cgroup, frozen=frozen)
+                cgroup.freeze(self.groups.v2, frozen=frozen)
             except FileNotFoundError:
                 pass  # it has just ended
             else:

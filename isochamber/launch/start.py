@@ -19,6 +19,7 @@ from isochamber.launch import (
     devices,
     handover,
     ipc,
+    limits,
     masking,
     mounts,
     pins,
@@ -42,11 +43,11 @@ class Prepared:
     """What the host side made before the clone: descriptors, all close-on-exec."""
 
     __slots__ = (
-        "cgroup", "entry", "highest_capability", "host_namespaces", "lock", "net", "root", "terminal", "user", "waits",
+        "entry", "groups", "highest_capability", "host_namespaces", "lock", "net", "root", "terminal", "user", "waits",
     )  # fmt: skip
 
     def __init__(self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False) -> None:
-        """Do the host side's steps; raises IsochamberError, and leaves at most the pins and an empty cgroup.
+        """Do the host side's steps; raises IsochamberError, and leaves at most the pins and an empty cgroups.
 
         A tenant that ``waits`` is set up until the exec, and goes on when it is handed over.
         """
@@ -61,8 +62,8 @@ class Prepared:
             if entry.ipc is not None:
                 ipc.check(entry.ipc)
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
-            self.cgroup = cgroup.make(entry.tid)
-            # (limits: written and read back here)
+            self.groups = cgroup.make(entry.tid, limits.controllers(entry.limits))
+            limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_of(root))
             self.highest_capability = capabilities.last()
             self.host_namespaces = verify.namespaces()
         except BaseException:
@@ -118,12 +119,14 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     os.setsid()  # the operator's terminal is not ours to control
     os.umask(0o022)
     os.chdir(prepared.root)  # lowerdir= takes relative paths, which no ":" of the operator's can break
+    step("enter the control groups")
+    cgroup.enter(prepared.groups)  # clone3 did it with v2's; before the tenant can have done anything
 
     step("join the network namespace")
     if entry.network == "none":
         syscalls.setns(prepared.net, syscalls.CLONE_NEWNET)
     step("make the cgroup namespace")
-    syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its root is the group that clone3 put us in
+    syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its roots are the groups that we are in
     step("clone the IPC directory")
     ipc_mount = None if entry.ipc is None else ipc.clone(entry.ipc, prepared.user)  # while still the host's peer
     step("make the mounts private")
@@ -135,9 +138,9 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     step("mount /proc and /sys")
     mounts.mount_kernel_views(root, owner)
     step("make /dev")
-    devices.make(root, owner, entry.tmpfs.get("shm", 1 << 26))
+    devices.make(root, owner, entry.tmpfs.get("shm", 1 << 26), entry.tmpfs.get("shm_inodes"))
     step("mount /tmp")
-    mounts.mount_tmpfs(root, "tmp", owner, "1777", entry.tmpfs.get("tmp", 1 << 26))
+    mounts.mount_tmpfs(root, "tmp", owner, "1777", entry.tmpfs.get("tmp", 1 << 26), entry.tmpfs.get("tmp_inodes"))
     step("mask /proc and /sys")
     masking.apply(root)
     step("bind /home")

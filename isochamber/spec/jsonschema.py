@@ -11,7 +11,10 @@ from typing import Any
 from isochamber.spec import validate
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
-_TYPES = {"string": "string", "integer": "integer", "dict": "object", "list": "array", "boolean": "boolean"}
+_TYPES = {
+    "string": "string", "integer": "integer", "dict": "object", "list": "array",
+    "boolean": "boolean", "number": "number",
+}  # fmt: skip
 
 # A text that shlex splits without an error, and whose first word is not empty: blanks, empty quotes, one piece
 # that is not empty, then whatever is closed.
@@ -24,6 +27,12 @@ _WORD = {"type": "string", "pattern": r"^[^\x00]*$"}
 # What the checks in code mean.
 _CHECKS: Mapping[str, Mapping[str, Any]] = {
     "size": {"pattern": f"^{validate.SIZE}$", "minimum": 1, "maximum": validate.LARGEST_SIZE},
+    "size_or_zero": {"pattern": f"^{validate.SIZE_OR_ZERO}$", "minimum": 0, "maximum": validate.LARGEST_SIZE},
+    "memory": {
+        "pattern": f"^{validate.MEMORY}$",
+        "minimum": validate.LEAST_MEMORY,
+        "maximum": validate.LARGEST_SIZE,
+    },
     "inside": {"pattern": f"^{validate.INSIDE}$"},
     "words": {"pattern": _WORDS, "minItems": 1, "prefixItems": [{**_WORD, "minLength": 1}], "items": _WORD},
     "restart": {"pattern": f"^{validate.RESTART}$", "not": {"const": True}},

@@ -16,8 +16,9 @@ DEFAULT_BASE = "default"
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
 SNAPSHOT_MIRROR = "http://snapshot.debian.org/archive/debian/{}"
 
+# What limits: may say; the defaults of those that are not here stand in the dataclass.
 _LIMITS = {"tmp": 64 << 20, "shm": 64 << 20, "open_files": 1024, "install_seconds": 3600}
-_SIZES = ("tmp", "shm")
+_SIZES = ("tmp", "shm", "memory", "swap", "io_read", "io_write", "file_size", "locked_memory", "install_memory")
 
 # What uname(2) says -> what Debian says, for a 64-bit and a 32-bit userland.
 _ARCHITECTURES = {
@@ -219,9 +220,6 @@ class _Loader:
 def _tenant(
     name: str, base: str, found: Package, own: Mapping[str, Any], defaults: Mapping[str, Any], place: Any
 ) -> Tenant:
-    limits = {**_LIMITS, **defaults.get("limits", {}), **own.get("limits", {})}
-    for key in _SIZES:
-        limits[key] = validate.parse_size(limits[key])
     ipc = own.get("ipc", defaults.get("ipc", "required"))
     return Tenant(
         name=name,
@@ -229,8 +227,23 @@ def _tenant(
         package=found,
         ipc={"required": paths.DEFAULT_IPC, "none": None}.get(ipc, ipc),
         network=own.get("network", defaults.get("network", "none")),
-        limits=Limits(**limits),
+        limits=_limits({**defaults.get("limits", {}), **own.get("limits", {})}),
         service=service.of(own, defaults),
         install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},
         place=place,
     )
+
+
+def half_of_memory() -> int:
+    """Return half of this machine's memory in bytes: what a tenant may use that was given no limit."""
+    pages: int = os.sysconf("SC_PHYS_PAGES")
+    return pages // 2 * os.sysconf("SC_PAGE_SIZE")
+
+
+def _limits(named: Mapping[str, Any]) -> Limits:
+    values = {**_LIMITS, "memory": half_of_memory(), "install_memory": half_of_memory(), **named}
+    best_effort = values.pop("best_effort", False)
+    for key in _SIZES:
+        if key in values:
+            values[key] = validate.parse_size(values[key], zero=key == "swap")
+    return Limits(**values, required=() if best_effort else tuple(sorted(set(named) - {"best_effort"})))

@@ -73,12 +73,27 @@ class Package:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What this version enforces. Sizes in bytes, counts as numbers."""
+    """What a tenant may use at most. Sizes in bytes, counts as numbers; None: no limit of its own."""
 
     tmp: int  # size of /tmp's tmpfs
     shm: int  # size of /dev/shm's tmpfs
     open_files: int  # RLIMIT_NOFILE, soft and hard
     install_seconds: int  # an install script that runs longer is killed
+    memory: int = 1 << 30  # with the page cache and tmpfs that it fills
+    swap: int = 0  # besides memory
+    processes: int = 512  # threads count
+    cpu_weight: int = 100  # 1 to 10000, against its neighbours'
+    cpus: float | None = None  # processors' worth of time
+    io_weight: int | None = None  # 1 to 1000
+    io_read: int | None = None  # bytes a second from the state directory's disk
+    io_write: int | None = None
+    tmp_inodes: int | None = None  # None: one a page of the size
+    shm_inodes: int | None = None
+    file_size: int = 16 << 30  # RLIMIT_FSIZE, holes counted
+    locked_memory: int = 8 << 20  # RLIMIT_MEMLOCK
+    install_memory: int = 1 << 30
+    install_processes: int = 4096
+    required: tuple[str, ...] = ()  # names that the operator wrote down: not in force is an error, not a warning
 
 
 @dataclass(frozen=True, slots=True)

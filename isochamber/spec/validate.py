@@ -1,6 +1,7 @@
 """A document against its cerberus schema: every problem with its place, and what is allowed instead."""
 
 import difflib
+import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,9 @@ SCHEMAS = Path(__file__).parents[2] / "schemas"
 
 # As patterns, so that the generated JSON Schema says exactly the same.
 SIZE = r"[1-9]([0-9]{0,13}|[0-9]{0,10}K|[0-9]{0,7}M|[0-9]{0,4}G)"
+SIZE_OR_ZERO = rf"(0|{SIZE})"
+MEMORY = r"([1-9][0-9]{0,4}G|(1[6-9]|[2-9][0-9]|[1-9][0-9]{2,7})M)"
+LEAST_MEMORY = 16 << 20  # the launcher's own pages count until the exec
 LARGEST_SIZE = 10**14 - 1  # a number of bytes; a text reaches 99999G
 RESTART = r"(no|always|on-failure(:([1-9][0-9]{0,2}|1000))?)"
 INSIDE = r"(/(?!\.{1,2}(/|$))[^/\x00-\x1f\x7f]+)+"
@@ -32,18 +36,20 @@ _FACTOR = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 _TYPES = {
     "string": "a text", "integer": "a whole number", "dict": "a mapping", "list": "a list", "boolean": "true or false",
+    "number": "a number",
 }  # fmt: skip
 
 Problem = tuple[tuple[object, ...], str]  # document path, "what, what is allowed"
 
 
-def parse_size(value: object) -> int | None:
-    """Return bytes for an int or a text such as 64M, None for anything else or out of range."""
+def parse_size(value: object, *, zero: bool = False) -> int | None:
+    """Return bytes for an int or a text such as 64M, None for anything else or out of range; 0 only with ``zero``."""
+    lowest = 0 if zero else 1
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
-        return value if 0 < value <= LARGEST_SIZE else None
-    if not isinstance(value, str) or re.fullmatch(SIZE, value) is None:
+        return value if lowest <= value <= LARGEST_SIZE else None
+    if not isinstance(value, str) or re.fullmatch(SIZE_OR_ZERO if zero else SIZE, value) is None:
         return None
     digits = value.rstrip("KMG")
     return int(digits) * _FACTOR[value[len(digits) :]]
@@ -74,6 +80,19 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
     def _check_with_size(self, field: str, value: object) -> None:
         if parse_size(value) is None:
             self._error(field, "a size in bytes above 0, or a number with K, M or G, such as 64M")
+
+    def _check_with_size_or_zero(self, field: str, value: object) -> None:
+        if parse_size(value, zero=True) is None:
+            self._error(field, "a size in bytes, or a number with K, M or G, such as 64M")
+
+    def _check_with_memory(self, field: str, value: object) -> None:
+        size = parse_size(value)
+        if size is None or size < LEAST_MEMORY or (isinstance(value, str) and re.fullmatch(MEMORY, value) is None):
+            self._error(field, "bytes, or a number with M or G, and at least 16M, which a start itself takes")
+
+    def _check_with_finite(self, field: str, value: float) -> None:
+        if not math.isfinite(value):
+            self._error(field, "a number that is one")
 
     def _check_with_inside(self, field: str, value: str) -> None:
         if re.fullmatch(INSIDE, value) is None:

@@ -57,7 +57,7 @@ class Tenant:
             "upper": self._relative("upper"), "workdir": self._relative("workdir"),
             "overlay": self._relative("overlay"), "home": f"tenants_persist/{self.tid}/home", "ipc": None,
             "network": "none", "capabilities": [], "tmpfs": {"tmp": 1 << 26, "shm": 1 << 26},
-            "rlimits": {"NOFILE": 1024, "CORE": 0}, "service": service(),
+            "rlimits": {"NOFILE": 1024, "CORE": 0}, "limits": {}, "limits_required": [], "service": service(),
             "package": "/nowhere", "inputs": [], "digest": "",
         }  # fmt: skip
         self.change(**changes)
@@ -153,9 +153,15 @@ class Started:
 
     def line(self) -> str:
         """Return the next line the tenant writes."""
-        output = cast(IO[str], self.launcher.stdout)
-        assert select.select([output], [], [], DEADLINE)[0], "the tenant said nothing"
-        return output.readline().rstrip("\n")
+        output = cast(IO[str], self.launcher.stdout).fileno()
+        line = b""
+        while not line.endswith(b"\n"):  # a byte at a time: a buffer would hide the next line from select
+            assert select.select([output], [], [], DEADLINE)[0], f"the tenant said nothing but {line!r}"
+            byte = os.read(output, 1)
+            if not byte:
+                break
+            line += byte
+        return line.decode().rstrip("\n")
 
     def say(self, line: str) -> None:
         """Write a line to the tenant's standard input."""

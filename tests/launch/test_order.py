@@ -10,10 +10,14 @@ from tests.conftest import PROJECT
 SOURCE = PROJECT / "isochamber" / "launch" / "start.py"
 ARCHITECTURE = PROJECT / "docs" / "explanation" / "architecture.md"
 
-HOST_SIDE = ["records.lock", "ipc.check", "pins.ensure", "cgroup.make", "capabilities.last", "verify.namespaces"]
+HOST_SIDE = [
+    "records.lock", "ipc.check", "pins.ensure", "cgroup.make", "limits.apply", "capabilities.last",
+    "verify.namespaces",
+]  # fmt: skip
 
 TENANT_SIDE = [
     "close this process to others",
+    "enter the control groups",
     "join the network namespace",
     "make the cgroup namespace",
     "clone the IPC directory",
@@ -65,11 +69,11 @@ def test_the_steps_of_the_hosts_side_are_in_order() -> None:
 def test_each_step_is_what_its_name_says() -> None:
     """The calls that decide, in the order they are made: a renamed step can't hide a moved call."""
     decisive = [
-        "syscalls.prctl", "os.setsid", "syscalls.setns", "syscalls.unshare", "ipc.clone", "mounts.make_private",
-        "mounts.map_lowers", "mounts.mount_overlay", "mounts.mount_kernel_views", "devices.make", "mounts.mount_tmpfs",
-        "masking.apply", "_bind_home", "mounts.attach", "_bind_extras", "_make_terminal", "mounts.enter",
-        "syscalls.sethostname", "rlimits.apply", "syscalls.setns", "_take_ids", "capabilities.keep_only",
-        "syscalls.prctl", "verify.inside", "handover.wait", "terminal.become_controlling",
+        "syscalls.prctl", "os.setsid", "cgroup.enter", "syscalls.setns", "syscalls.unshare", "ipc.clone",
+        "mounts.make_private", "mounts.map_lowers", "mounts.mount_overlay", "mounts.mount_kernel_views", "devices.make",
+        "mounts.mount_tmpfs", "masking.apply", "_bind_home", "mounts.attach", "_bind_extras", "_make_terminal",
+        "mounts.enter", "syscalls.sethostname", "rlimits.apply", "syscalls.setns", "_take_ids",
+        "capabilities.keep_only", "syscalls.prctl", "verify.inside", "handover.wait", "terminal.become_controlling",
         "syscalls.close_range_on_exec", "_execute",
     ]  # fmt: skip
     made = [*_calls(_function("_become")), *_calls(_function("_become_tenant"))]
@@ -78,7 +82,7 @@ def test_each_step_is_what_its_name_says() -> None:
 
 def test_the_places_of_what_comes_later_are_visible() -> None:
     text = SOURCE.read_text()
-    for later in ("Landlock", "seccomp", "limits"):
+    for later in ("Landlock", "seccomp"):
         assert re.search(rf"# \({later}", text), later
 
 
