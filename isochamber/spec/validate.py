@@ -90,8 +90,8 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
         if size is None or size < LEAST_MEMORY or (isinstance(value, str) and re.fullmatch(MEMORY, value) is None):
             self._error(field, "bytes, or a number with M or G, and at least 16M, which a start itself takes")
 
-    def _check_with_finite(self, field: str, value: float) -> None:
-        if not math.isfinite(value):
+    def _check_with_finite(self, field: str, value: object) -> None:
+        if isinstance(value, float) and not math.isfinite(value):
             self._error(field, "a number that is one")
 
     def _check_with_inside(self, field: str, value: str) -> None:

@@ -50,7 +50,8 @@ def test_the_file_on_disk_is_what_is_generated(name: str) -> None:
 _TEXTS = st.one_of(
     st.sampled_from(
         ["", "a", "A", "a\n", "none", "host", "required", "/x", "/x\n", "/", "/a/../b", "/a//b", "/a/./b", "/.a", "/a ",
-         "64M", "0", "0M", "99999G", "100000G", "99999999K", "100000000K", "99999999999999", "1\n", "5T", "-1",
+         "64M", "16M", "15M", "16384K",
+         "0", "0M", "99999G", "100000G", "99999999K", "100000000K", "99999999999999", "1\n", "5T", "-1",
          "bookworm", "mmdebstrap", "minbase", "-", "20250101T000000Z", "http://m/", "file:/m", "copy:///m", "httpx://m",
          "/home/x", "/home/", "home/x", "a b", "'", '"', "\\", "''", "'' a", "''a", ' "" b', "a\\", "a'b c'd", "\0",
          "a" * 63, "a" * 64, "bc", "b", "é", "A_B", "A=B", "1A"]
@@ -58,6 +59,7 @@ _TEXTS = st.one_of(
     st.text(max_size=6),
 )  # fmt: skip
 _INTEGERS = st.one_of(st.integers(-2, 1_048_577), st.sampled_from([15, 16, 604_801, 10**14 - 1, 10**14, 1 << 70]))
+_NUMBERS = st.one_of(_INTEGERS, st.floats(0, 5000, exclude_min=True).filter(lambda number: not number.is_integer()))
 _JUNK = st.one_of(st.none(), st.booleans(), st.just(1.5), st.just([]), st.just({}), _TEXTS, _INTEGERS)
 
 
@@ -79,7 +81,7 @@ def _near(rule: dict[str, Any]) -> st.SearchStrategy[Any]:
         elif kind == "list":
             choices.append(st.lists(_near(rule["schema"]) if "schema" in rule else _TEXTS, max_size=3))
         else:
-            choices.append({"string": _TEXTS, "integer": _INTEGERS, "boolean": st.booleans()}[kind])
+            choices.append({"string": _TEXTS, "integer": _INTEGERS, "number": _NUMBERS, "boolean": st.booleans()}[kind])
     return st.one_of(*choices, *choices, *choices, _JUNK)
 
 
