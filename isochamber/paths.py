@@ -44,6 +44,11 @@ def namespace_pin(tid: str, kind: str) -> str:
     return f"{run_directory()}/ns/{tid}/{kind}"
 
 
+def network_file(tid: str, name: str) -> str:
+    """Return a file of the tenant's network, beside its pin: "network", "resolv.conf" or "hosts"."""
+    return f"{run_directory()}/ns/{tid}/{name}"
+
+
 def tenant_lock(tid: str) -> str:
     """Return the lock file that a running tenant's keeper holds (flock, exclusive)."""
     return f"{run_directory()}/tenants/{tid}.lock"

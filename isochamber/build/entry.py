@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from isochamber import paths
-from isochamber.build import durable, identity, limits, locks, registry
+from isochamber.build import durable, identity, limits, locks, network, registry
 from isochamber.build.identity import Identity
 from isochamber.build.inputs import Inputs
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import records, stop
-from isochamber.spec.model import Service, Tenant
+from isochamber.spec.model import Service, Subnets, Tenant
 
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 ENVIRONMENT = {"PATH": PATH, "HOME": "/home", "LANG": "C.UTF-8", "container": "isochamber"}
@@ -31,6 +31,7 @@ def make(
     base_product: str,
     layer_product: str | None,
     contents: Mapping[str, str],
+    subnets: Subnets | None = None,
 ) -> Entry:
     """Return the entry of ``tenant``, keys in the contract's order. Pure: the same arguments give the same entry."""
     package = tenant.package
@@ -59,7 +60,8 @@ def make(
         "overlay": f"{filesystem}/{identity.OVERLAY}",
         "home": f"{persist}/{identity.HOME}",
         "ipc": tenant.ipc,
-        "network": tenant.network,
+        "network": tenant.network.mode,
+        "net": _net(state, tenant, who, subnets),
         "capabilities": [],
         "tmpfs": limits.tmpfs(tenant.limits),
         "rlimits": limits.rlimits(tenant.limits),
@@ -90,6 +92,12 @@ def _service(service: Service) -> Entry:
         "warm": service.warm,
         "logs": {"size": service.log_size, "count": service.log_count, "journald": service.journald},
     }
+
+
+def _net(state: State, tenant: Tenant, who: Identity, subnets: Subnets | None) -> dict[str, Any] | None:
+    if tenant.network.mode != "bridge":
+        return None
+    return network.make(state.identifier, who.tid, who.uid_base, tenant.network, subnets or Subnets())
 
 
 def layer_product(entry: Mapping[str, Any]) -> str | None:

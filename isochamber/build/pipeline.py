@@ -144,6 +144,7 @@ class Pipeline:
             self.base_product(tenant.base),
             self.layer_product(name),
             self.contents_of(tenant.package),
+            self.spec.subnets,
         )
 
     def configured(self, name: str) -> bool:

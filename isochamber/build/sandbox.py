@@ -103,6 +103,7 @@ class Sandbox:
             "home": f"{stage}/home",
             "ipc": None,
             "network": "host",
+            "net": None,
             "capabilities": list(capabilities.INSTALL),
             "tmpfs": {"tmp": 1 << 30, "shm": 64 << 20},
             "rlimits": limits.install_rlimits(bounds),

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from isochamber import __version__
-from isochamber.cli import host, tenants
+from isochamber.cli import host, net, tenants
 from isochamber.errors import EXIT_OURS, IsochamberError
 
 
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--root", help="the state directory (default: $ISOCHAMBER_ROOT, else root: in tenants.yaml)")
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    for group in (tenants, host):
+    for group in (tenants, host, net):
         group.add(verbs)
     return made
 

@@ -93,8 +93,8 @@ def _show_limits(entry: dict[str, Any], root: str) -> None:
 
 def delete(arguments: argparse.Namespace) -> int:
     """Stop tenants and remove all of each, /home too; asks first unless --yes."""
-    from isochamber.build import gc  # noqa: PLC0415
     from isochamber.build.progress import Reporter  # noqa: PLC0415
+    from isochamber.net import lifecycle  # noqa: PLC0415
     from isochamber.tasks import foreground  # noqa: PLC0415
 
     state = common.state_of(arguments)
@@ -102,7 +102,7 @@ def delete(arguments: argparse.Namespace) -> int:
         if not arguments.yes:
             question = f"Stop {name} and remove its file systems and its /home?"
             foreground.confirm(question, stage="delete", tenant=name)
-        gc.delete(state, name, Reporter())
+        lifecycle.delete(state, name, Reporter())
     return 0
 
 

@@ -38,6 +38,8 @@ class Entry:
         "limits_required",
         "lowers",
         "name",
+        "net",
+        "net_digest",
         "network",
         "overlay",
         "rlimits",
@@ -80,8 +82,12 @@ class Entry:
         self.home: str = field.below_root("home", field.text("home"))
         self.ipc: str | None = None if raw.get("ipc") is None else field.absolute("ipc")
         self.network: str = field.text("network")
-        if self.network not in {"none", "host"}:
-            raise field.wrong("network", "none or host")
+        if self.network not in {"none", "bridge", "host"}:
+            raise field.wrong("network", "none, bridge or host")
+        self.net: Mapping[str, Any] | None = _net(field, raw)
+        self.net_digest: str | None = None if self.net is None else self.net["digest"]
+        if (self.net_digest is not None) != (self.network == "bridge"):
+            raise field.wrong("net", "an object with network bridge, else null")
         self.capabilities: list[str] = field.texts("capabilities")
         self.tmpfs: dict[str, int] = field.numbers("tmpfs")
         self.rlimits: dict[str, int] = field.numbers("rlimits")
@@ -98,6 +104,19 @@ class Entry:
         self.home_fd: int | None = field.number("home_fd", 0, 1 << 20) if "home_fd" in raw else None
         self.binds: list[Bind] = [Bind(bind) for bind in field.objects("binds")] if "binds" in raw else []
         self.timeout: int | None = field.number("timeout", 1, 1 << 31) if "timeout" in raw else None
+
+
+def _net(field: _Fields, raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return ``net``, whose digest is all that a start reads; ``isochamber net join`` checks the rest."""
+    net = raw.get("net", "")
+    if net is None:
+        return None
+    if not isinstance(net, dict):
+        raise field.wrong("net", "an object or null")
+    digest = net.get("digest")
+    if not isinstance(digest, str) or len(digest) != 40 or not set(digest) <= set("0123456789abcdef"):
+        raise field.wrong("net", "an object with a digest")
+    return net
 
 
 class Bind:

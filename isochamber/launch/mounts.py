@@ -113,6 +113,18 @@ def open_file_target(root: int, path: str) -> int | None:
     return None
 
 
+def _make_file_target(root: int, path: str, owner: int) -> int | None:
+    """Make ``path`` below ``root`` where nothing is; what is there and no file stays, and None is returned."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = syscalls.openat2(root, path, flags, 0o644, resolve=_IN_ROOT)
+    except OSError:
+        return None
+    os.fchown(descriptor, owner, owner)
+    os.close(descriptor)
+    return open_file_target(root, path)
+
+
 def _by_descriptor(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
 
@@ -156,9 +168,14 @@ def attach(root: int, path: str, mount_fd: int, owner: int | None = None) -> Non
     os.close(target)
 
 
-def bind_file(root: int, path: str, source: str) -> None:
-    """Show the host's file ``source`` (symlinks followed) read-only at ``path``, if both are files."""
+def bind_file(root: int, path: str, source: str, *, owner: int | None = None) -> None:
+    """Show the host's file ``source`` (symlinks followed) read-only at ``path``, if both are files.
+
+    With ``owner`` a target that is missing is made, as an empty file of that id.
+    """
     target = open_file_target(root, path)
+    if target is None and owner is not None:
+        target = _make_file_target(root, path, owner)
     if target is None:
         return
     if not os.path.isfile(source):

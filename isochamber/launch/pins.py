@@ -27,6 +27,8 @@ _SIOCGIFFLAGS = 0x8913  # netdevice(7)
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 
+_BESIDE = ("network", "resolv.conf", "hosts")  # written by isochamber.net for this very namespace
+
 _KINDS = {"user": syscalls.CLONE_NEWUSER, "net": syscalls.CLONE_NEWNET}
 
 
@@ -179,6 +181,11 @@ def _unpin(path: str) -> None:
 
 def remove_pins(tid: str) -> None:
     """Unpin both namespaces; the kernel frees them with their last process. Raises OSError."""
+    for name in _BESIDE:
+        try:
+            os.unlink(paths.network_file(tid, name))
+        except FileNotFoundError:
+            pass
     for kind in _KINDS:
         _unpin(paths.namespace_pin(tid, kind))
 

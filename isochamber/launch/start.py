@@ -11,6 +11,7 @@ import errno
 import os
 import sys
 
+from isochamber import paths
 from isochamber.errors import EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_OURS, IsochamberError
 from isochamber.launch import (
     capabilities,
@@ -19,6 +20,7 @@ from isochamber.launch import (
     devices,
     handover,
     ipc,
+    join,
     limits,
     masking,
     mounts,
@@ -62,6 +64,7 @@ class Prepared:
             if entry.ipc is not None:
                 ipc.check(entry.ipc)
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
+            join.ensure(root, entry, self.net)
             self.groups = cgroup.make(entry.tid, limits.controllers(entry.limits))
             limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_of(root))
             self.highest_capability = capabilities.last()
@@ -123,7 +126,7 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     cgroup.enter(prepared.groups)  # clone3 did it with v2's; before the tenant can have done anything
 
     step("join the network namespace")
-    if entry.network == "none":
+    if entry.network != "host":
         syscalls.setns(prepared.net, syscalls.CLONE_NEWNET)
     step("make the cgroup namespace")
     syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its roots are the groups that we are in
@@ -201,6 +204,10 @@ def _bind_home(root: int, entry: Entry, user: int) -> None:
 def _bind_extras(root: int, entry: Entry, user: int) -> None:
     if entry.network == "host":
         mounts.bind_file(root, "etc/resolv.conf", "/etc/resolv.conf")
+    if entry.network == "bridge":
+        for name in ("resolv.conf", "hosts"):
+            source = paths.network_file(entry.tid, name)
+            mounts.bind_file(root, f"etc/{name}", source, owner=entry.uid_base)
     for bind in entry.binds:
         attributes = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
         if bind.read_only:

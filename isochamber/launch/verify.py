@@ -6,7 +6,7 @@ import os
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
-from isochamber.launch import masking
+from isochamber.launch import join, masking
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ def inside(entry: Entry, host: dict[str, int], kept: int) -> None:
     _check_ids(entry)
     _check_privileges(kept)
     _check_mounts(entry)
+    if entry.network == "bridge":
+        join.check()
 
 
 def _refuse(what: str) -> IsochamberError:
@@ -77,8 +79,8 @@ def _check_mounts(entry: Entry) -> None:
     """The root is the overlay, all that must be mounted is, and nothing of the host's old root is left."""
     missing = dict(_MOUNTS)
     optional = {"/dev/console", *masking.targets(), *(bind.target for bind in entry.binds)}
-    if entry.network == "host":
-        optional.add("/etc/resolv.conf")
+    if entry.network != "none":
+        optional |= {"/etc/resolv.conf", "/etc/hosts"}
     for target, fstype in mounted():
         if target in missing:
             wanted = missing.pop(target)

@@ -37,6 +37,7 @@ _CHECKS: Mapping[str, Mapping[str, Any]] = {
     "words": {"pattern": _WORDS, "minItems": 1, "prefixItems": [{**_WORD, "minLength": 1}], "items": _WORD},
     "restart": {"pattern": f"^{validate.RESTART}$", "not": {"const": True}},
     "signal": {"enum": list(validate.SIGNALS)},
+    "mode": {"pattern": "^(none|bridge|host)$"},
 }
 
 
@@ -67,10 +68,10 @@ def _rule(rule: Mapping[str, Any]) -> dict[str, Any]:
         schema["description"] = rule["meta"]["description"]
     types = rule["type"] if isinstance(rule["type"], list) else [rule["type"]]
     names = [_TYPES[kind] for kind in types] + (["null"] if rule.get("nullable") else [])
-    if types == ["dict"] and "schema" in rule:
+    if "dict" in types and "schema" in rule:
         schema.update(_object(rule["schema"]))
     schema["type"] = names if len(names) > 1 else names[0]
-    if types == ["list"] and "schema" in rule:
+    if "list" in types and "schema" in rule:
         schema["items"] = _rule(rule["schema"])
     if "valuesrules" in rule:
         schema["additionalProperties"] = _rule(rule["valuesrules"])

@@ -9,8 +9,9 @@ from typing import Any, NoReturn
 from isochamber import paths
 from isochamber.errors import SpecError, printable
 from isochamber.spec import document, package, service, validate
+from isochamber.spec import network as networks
 from isochamber.spec.document import Document
-from isochamber.spec.model import Base, Limits, Package, Spec, Tenant
+from isochamber.spec.model import Base, Limits, Network, Package, Spec, Subnets, Tenant
 
 DEFAULT_BASE = "default"
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
@@ -81,6 +82,10 @@ class _Loader:
         self._wrong: set[tuple[object, ...]] = set()  # paths with a problem
         self._tainted: set[tuple[object, ...]] = set()  # and every path above one
         self._foreign: list[str] = []  # problems in other files
+        self._networks: dict[str, Network] = {}
+        self._default_network = Network()
+        self._subnets = Subnets()
+        self._warnings: list[str] = []
 
     def load(self) -> Spec:
         for place, path, what in self._document.problems:
@@ -94,13 +99,14 @@ class _Loader:
             self._raise()
         # What has no problem so far is looked at more closely, so that all of them are said at once.
         bases = self._bases(self._mapping("bases"))
+        self._read_networks()
         tenants = dict(self._tenants())
         if self._only is None:
             for name, what in service.problems_of_order(tenants, {*self._mapping("tenants"), *tenants}):
                 self._problem(("tenants", name, "after"), what)
         if self._lines or self._foreign:
             self._raise()
-        return Spec(self._file, self._root, bases, tenants)
+        return Spec(self._file, self._root, bases, tenants, tuple(self._warnings), self._subnets)
 
     def _problem(self, path: tuple[object, ...], what: str, where: tuple[int, int] | None = None) -> None:
         place = self._document.place(path)
@@ -175,7 +181,35 @@ class _Loader:
             found = self._package(name, own)
             if found is not None:
                 place = self._document.places.get(("tenants", name))
-                yield name, _tenant(name, base, found, own, defaults, place)
+                network = self._networks.get(name, self._default_network)
+                yield name, _tenant(name, base, found, network, own, defaults, place)
+
+    def _read_networks(self) -> None:
+        """Read every tenant's grant, also with ``only``: ports and peers are a matter between tenants."""
+        if not self._is_wrong(("subnets",)):
+            self._subnets, problems = networks.parse_subnets(self._mapping("subnets"))
+            for path, what in problems:
+                self._problem(("subnets", *path), what)
+        self._default_network = self._network(("defaults", "network"), self._mapping("defaults"))
+        named = self._mapping("tenants")
+        for name, own in named.items():
+            if isinstance(own, dict) and "network" in own:
+                self._networks[name] = self._network(("tenants", name, "network"), own)
+            else:
+                self._networks[name] = self._default_network
+        dropped = dict.fromkeys(self._dropped(set(named)), self._default_network)
+        problems, warnings = networks.between({**dropped, **self._networks})
+        for path, what in problems:
+            self._problem(("tenants", *path), what)
+        self._warnings += warnings
+
+    def _network(self, path: tuple[object, ...], value: Mapping[str, Any]) -> Network:
+        if "network" not in value or self._is_wrong(path):
+            return Network()
+        found, problems = networks.parse(value["network"])
+        for below, what in problems:
+            self._problem((*path, *below), what)
+        return found
 
     def _is_only(self, name: str) -> bool:
         if name == self._only:
@@ -218,7 +252,13 @@ class _Loader:
 
 
 def _tenant(
-    name: str, base: str, found: Package, own: Mapping[str, Any], defaults: Mapping[str, Any], place: Any
+    name: str,
+    base: str,
+    found: Package,
+    network: Network,
+    own: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    place: Any,
 ) -> Tenant:
     ipc = own.get("ipc", defaults.get("ipc", "required"))
     return Tenant(
@@ -226,7 +266,7 @@ def _tenant(
         base=base,
         package=found,
         ipc={"required": paths.DEFAULT_IPC, "none": None}.get(ipc, ipc),
-        network=own.get("network", defaults.get("network", "none")),
+        network=network,
         limits=_limits({**defaults.get("limits", {}), **own.get("limits", {})}),
         service=service.of(own, defaults),
         install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},

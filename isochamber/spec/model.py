@@ -125,6 +125,74 @@ class Service:
 
 
 @dataclass(frozen=True, slots=True)
+class Port:
+    """One published port: what reaches the host's is the tenant's."""
+
+    address: str | None  # of the host; None: every one of it but the loopback's
+    host: int
+    inside: int
+    protocol: str  # "tcp" or "udp"
+
+    def overlaps(self, other: "Port") -> bool:
+        """Say whether the two can't both be published."""
+        same = (self.host, self.protocol) == (other.host, other.protocol)
+        both = {self.address, other.address}
+        return same and (len(both) == 1 or (None in both and not any((one or "").startswith("127.") for one in both)))
+
+
+@dataclass(frozen=True, slots=True)
+class Egress:
+    """One destination that a tenant may open connections to."""
+
+    host: str  # a CIDR block, or a host name
+    is_name: bool
+    low: int  # first and last port; 0 and 65535 for all
+    high: int
+    protocol: str  # "tcp", "udp", "icmp" or "any"
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Shaping, in bits a second; None: not in that direction. ``queue`` None: the fairest the kernel has."""
+
+    up: int | None
+    down: int | None
+    queue: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """How many bytes (both ways together) a period holds, and what happens then."""
+
+    size: int
+    per: str  # "day" or "month", in UTC
+    slow: int | None  # bits a second each way when it is used up; None: cut
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What a tenant is granted of the network; everything but ``mode`` needs mode "bridge"."""
+
+    mode: str = "none"  # "none", "bridge" or "host"
+    ports: tuple[Port, ...] = ()
+    egress_all: bool = False
+    egress_dns: bool = False  # the granted resolvers, port 53
+    egress: tuple[Egress, ...] = ()
+    dns: tuple[str, ...] = ()  # resolvers; none named: the host's
+    peers: tuple[str, ...] = ()  # names
+    rate: Rate | None = None
+    allowance: Allowance | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Subnets:
+    """The blocks that tenants' addresses are taken from; None: derived from the state directory."""
+
+    ipv4: str | None = None
+    ipv6: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """One tenant: the operator's grants joined with its package."""
 
@@ -132,7 +200,7 @@ class Tenant:
     base: str  # a key of Spec.bases
     package: Package
     ipc: str | None  # host directory bound at /tmp/tenant_ipc, or None for "ipc: none"
-    network: str  # "none" or "host"
+    network: Network
     limits: Limits
     install_env: Mapping[str, str]  # added to the install script's environment (a proxy, say)
     service: Service = Service()
@@ -148,3 +216,4 @@ class Spec:
     bases: Mapping[str, Base]
     tenants: Mapping[str, Tenant]
     warnings: tuple[str, ...] = field(default=())
+    subnets: Subnets = field(default=Subnets())

@@ -14,6 +14,7 @@ import yaml
 from cerberus import errors
 
 from isochamber.errors import printable
+from isochamber.spec import network
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 
@@ -93,6 +94,10 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
     def _check_with_finite(self, field: str, value: object) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             self._error(field, "a number that is one")
+
+    def _check_with_mode(self, field: str, value: object) -> None:
+        if isinstance(value, str) and value not in network.MODES:
+            self._error(field, f"one of {', '.join(network.MODES)}, or a mapping")
 
     def _check_with_inside(self, field: str, value: str) -> None:
         if re.fullmatch(INSIDE, value) is None:

@@ -53,7 +53,7 @@ def namespace(pipeline: Pipeline | None) -> Mapping[str, Any]:
     return {
         "task_isochamber": task_isochamber,
         "DOIT_CONFIG": {
-            "default_tasks": ["configure"],
+            "default_tasks": ["configure", "net"],
             "reporter": report.Reporter,
             "backend": "sqlite3",
             "dep_file": _database(),

@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from doit.exceptions import TaskFailed
@@ -28,14 +29,14 @@ def take_over() -> None:
     _started_by_us = True
 
 
-def task(basename: str, alias: str, tenant: str, argv: list[str]) -> dict[str, Any]:
-    """Return the task that runs ``argv`` in the foreground once ``tenant`` is configured."""
+def task(basename: str, alias: str, tenant: str, argv: list[str], needed: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the task that runs ``argv`` in the foreground once ``tenant`` is configured and ``needed`` is done."""
     return {
         "basename": basename,
         "name": alias,
         "doc": f"{basename} {tenant} in the foreground",
         "actions": [(_start, [argv])],
-        "task_dep": [f"configure:{tenant}"],
+        "task_dep": [f"configure:{tenant}", *needed],
         "meta": {COMMAND: argv},
         "verbosity": 2,
         "io": {"capture": False},

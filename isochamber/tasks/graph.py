@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
-from isochamber.build import gc
 from isochamber.build.pipeline import Pipeline
 from isochamber.launch import command
+from isochamber.net import lifecycle
 from isochamber.tasks import foreground
 from isochamber.tasks.action import action, up_to_date
 
@@ -45,14 +46,16 @@ def base_tasks(pipeline: Pipeline) -> Iterator[Task]:
 
 
 def tenant_tasks(pipeline: Pipeline) -> Iterator[Task]:
-    """Yield the products of every tenant: ``dirs``, ``install_deps``, ``home``, ``configure``."""
+    """Yield the products of every tenant: ``dirs``, ``install_deps``, ``home``, ``configure``, ``net``."""
     for basename, doc in (
         ("dirs", "tid, uid range and directories of every tenant"),
         ("install_deps", "the dependency layer of every tenant, built in its sandbox"),
         ("home", "progs/ deployed to /home of every tenant"),
         ("configure", "everything a tenant needs, and its entry in containers.json"),
+        ("net", "the network of every tenant that is granted one of its own"),
     ):
         yield {"basename": basename, "name": None, "doc": doc}
+    networks = lifecycle.Networks(pipeline)
     for name, tenant in pipeline.spec.tenants.items():
         base = f"base_fs:{tenant.base}"
         dirs, deps, home = f"dirs:{name}", f"install_deps:{name}", f"home:{name}"
@@ -74,8 +77,22 @@ def tenant_tasks(pipeline: Pipeline) -> Iterator[Task]:
         )
         yield _product("home", name, f"/home of {name}", pipeline.home_current, pipeline.make_home, [dirs, deps])
         yield _product(
-            "configure", name, f"entry of {name}", pipeline.configured, pipeline.configure, [base, dirs, deps, home]
+            "configure",
+            name,
+            f"entry of {name}",
+            pipeline.configured,
+            partial(lifecycle.configure, pipeline),
+            [base, dirs, deps, home],
         )
+        if tenant.network.mode == "bridge":
+            yield _product(
+                "net",
+                name,
+                f"network of {name}, as the kernel has it",
+                networks.current,
+                networks.make,
+                [f"configure:{name}"],
+            )
 
 
 def foreground_tasks(pipeline: Pipeline) -> Iterator[Task]:
@@ -83,12 +100,13 @@ def foreground_tasks(pipeline: Pipeline) -> Iterator[Task]:
     yield {"basename": "run", "name": None, "doc": "run a tenant in the foreground (name or tid)"}
     yield {"basename": "shell", "name": None, "doc": "a root shell in a tenant's file system, with the host's network"}
     root = str(pipeline.spec.root)
-    for name in pipeline.spec.tenants:
+    for name, tenant in pipeline.spec.tenants.items():
         names = [name]
+        needed = [f"net:{name}"] if tenant.network.mode == "bridge" else []
         if pipeline.state.namespace is not None:
             names.append(pipeline.state.tid(name))
         for alias in names:
-            yield foreground.task("run", alias, name, command.argv("run", "--root", root, "--", name))
+            yield foreground.task("run", alias, name, command.argv("run", "--root", root, "--", name), needed)
         yield foreground.task("shell", name, name, command.argv("run", "--root", root, "--shell", "--", name))
 
 
@@ -115,13 +133,13 @@ def delete_after_asking(pipeline: Pipeline, name: str, *, yes: bool = False) -> 
     """Delete ``name`` if the operator at the terminal says so (or ``yes`` did); raises IsochamberError."""
     if not yes:
         foreground.confirm(f"Stop {name} and remove its file systems and its /home?", stage="delete", tenant=name)
-    gc.delete(pipeline.state, name, pipeline.reporter)
+    lifecycle.delete(pipeline.state, name, pipeline.reporter)
 
 
 def prune(pipeline: Pipeline) -> None:
     """Remove what nothing refers to, and print each thing with its size in bytes."""
     total = 0
-    for kind, name, size in gc.prune(pipeline.state, pipeline.spec, pipeline.reporter):
+    for kind, name, size in lifecycle.prune(pipeline.state, pipeline.spec, pipeline.reporter):
         sys.stdout.write(f"removed {kind} {name}: {size} bytes\n")
         total += size
     sys.stdout.write(f"{total} bytes freed\n")

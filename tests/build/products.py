@@ -12,7 +12,7 @@ from isochamber.build import contents, identity, layer
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.spec import package
-from isochamber.spec.model import Limits, Tenant
+from isochamber.spec.model import Limits, Network, Tenant
 
 UID_BASE = identity.FIRST
 
@@ -67,7 +67,7 @@ class Bench:
         self.directory.mkdir(exist_ok=True)
         (self.directory / "config.json").write_text(json.dumps({**config, **self.config}))
         limits = Limits(tmp=1 << 26, shm=1 << 26, open_files=1024, install_seconds=self.install_seconds)
-        return Tenant(self.name, "default", package.read(self.directory), None, "none", limits, self.install_env)
+        return Tenant(self.name, "default", package.read(self.directory), None, Network(), limits, self.install_env)
 
     def build(self, former: str | None = None) -> str:
         """Build the layer of the package as it is now; returns the product's name."""

@@ -3,7 +3,9 @@
 import ast
 import re
 import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,13 +19,22 @@ from tests.conftest import PROJECT
 from tests.docs.pages import names_in_first_cells, page
 
 
+def _keys_below(rules: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the keys of mappings within mappings."""
+    for rule in rules.values():
+        yield from rule.get("schema", {}) if "dict" in rule["type"] else ()
+        yield from _keys_below(rule["schema"]) if "dict" in rule["type"] and "schema" in rule else ()
+
+
 def test_tenants_yaml_md_names_every_key_and_no_other() -> None:
     text = page("docs/reference/tenants.yaml.md")
     schema = validate.schema("tenants")
     tenant = schema["tenants"]["valuesrules"]["schema"]
     assert names_in_first_cells(text.section("Top level")) == set(schema)
-    nested = {key for rules in tenant.values() if rules.get("type") == "dict" for key in rules.get("schema", {})}
+    nested = set(_keys_below(tenant))
     assert names_in_first_cells(text.section("defaults, and each tenant")) == {*tenant, *nested}
+    network = tenant["network"]["schema"]
+    assert names_in_first_cells(text.section("network")) == {*network, *_keys_below(network)}
     assert names_in_first_cells(text.section("bases")) == set(schema["bases"]["valuesrules"]["schema"])
     assert set(schema["defaults"]["schema"]) == set(tenant) - {"package"}
 
@@ -41,7 +52,7 @@ def test_tenants_yaml_md_gives_the_defaults_that_are_used(tmp_path: Path) -> Non
         "open_files": tenant.limits.open_files,
         "install_seconds": tenant.limits.install_seconds,
         "ipc": {paths.DEFAULT_IPC: "required"}.get(tenant.ipc or "", tenant.ipc),
-        "network": tenant.network,
+        "network": tenant.network.mode,
         "base": tenant.base,
         "tool": base.tool,
         "suite": base.suite,

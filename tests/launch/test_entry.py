@@ -23,7 +23,8 @@ WRONG: list[Change] = [
     ("uid", 65536), ("uid", -1), ("gid", None), ("lowers", []), ("lowers", ["/etc"]), ("lowers", ["../x"]),
     ("lowers", ["a:b"]), ("lowers", ["a,b"]), ("lowers", ["a\\b"]), ("lowers", ["a//b"]), ("lowers", "base"),
     ("upper", "/tmp/x"), ("upper", "a/../b"), ("workdir", ""), ("overlay", "."), ("home", "/root"), ("home", None),
-    ("ipc", "relative"), ("ipc", 1), ("network", "bridge"), ("network", None), ("capabilities", "CHOWN"),
+    ("ipc", "relative"), ("ipc", 1), ("network", "bridge"), ("net", {}), ("net", []), ("network", None),
+    ("capabilities", "CHOWN"),
     ("tmpfs", {"tmp": -1}), ("tmpfs", {"tmp": "64M"}), ("tmpfs", []), ("rlimits", {"CORE": True}), ("rlimits", None),
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ SOURCE = PROJECT / "isochamber" / "launch" / "start.py"
 ARCHITECTURE = PROJECT / "docs" / "explanation" / "architecture.md"
 
 HOST_SIDE = [
-    "records.lock", "ipc.check", "pins.ensure", "cgroup.make", "limits.apply", "capabilities.last",
+    "records.lock", "ipc.check", "pins.ensure", "join.ensure", "cgroup.make", "limits.apply", "capabilities.last",
     "verify.namespaces",
 ]  # fmt: skip
 
