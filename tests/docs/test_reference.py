@@ -33,8 +33,6 @@ def test_tenants_yaml_md_names_every_key_and_no_other() -> None:
     assert names_in_first_cells(text.section("Top level")) == set(schema)
     nested = set(_keys_below(tenant))
     assert names_in_first_cells(text.section("defaults, and each tenant")) == {*tenant, *nested}
-    network = tenant["network"]["schema"]
-    assert names_in_first_cells(text.section("network")) == {*network, *_keys_below(network)}
     assert names_in_first_cells(text.section("bases")) == set(schema["bases"]["valuesrules"]["schema"])
     assert set(schema["defaults"]["schema"]) == set(tenant) - {"package"}
 

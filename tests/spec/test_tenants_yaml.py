@@ -51,7 +51,7 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str, str]] = {
     "a list for a mapping": ("tenants: []\n", "1:1", "tenants: [] is not allowed, must be a mapping"),
     "nothing for a mapping": ("bases:\n", "1:1", "bases: None is not allowed, must not be empty"),
     "a text for the whole": ("hello\n", "1:1", "must be a mapping"),
-    "a wrong word": ("defaults: {network: all}\n", "1:12", "network: all is not allowed, allowed: "),
+    "a wrong word": ("defaults: {network: all}\n", "1:12", "network: all is not allowed, must be one of none, "),
     "true for a number": ("defaults: {limits: {open_files: yes}}\n", "1:21", "open_files: True is not allowed"),
     "a text for a number": ("defaults: {limits: {open_files: '64'}}\n", "1:21", "must be a whole number"),
     "a fraction": ("defaults: {limits: {open_files: 64.5}}\n", "1:21", "open_files: 64.5 is not allowed"),
