@@ -21,6 +21,7 @@ TENANTS_FS = "tenants_fs"
 TENANTS_PERSIST = "tenants_persist"
 CACHE = "cache"
 STAGING = "staging"
+FILTERS = "filters"  # compiled system call filters: <digest>.bpf
 LOGS = "logs"  # one log a product: logs/<kind>-<name>.log
 
 # A base or a layer is a directory of three: ROOTFS is the lowerdir, MANIFEST is written last.

@@ -31,6 +31,7 @@ def make(
     base_product: str,
     layer_product: str | None,
     contents: Mapping[str, str],
+    seccomp: Mapping[str, object],
     subnets: Subnets | None = None,
 ) -> Entry:
     """Return the entry of ``tenant``, keys in the contract's order. Pure: the same arguments give the same entry."""
@@ -63,6 +64,7 @@ def make(
         "network": tenant.network.mode,
         "net": _net(state, tenant, who, subnets),
         "capabilities": [],
+        "seccomp": dict(seccomp),
         "tmpfs": limits.tmpfs(tenant.limits),
         "rlimits": limits.rlimits(tenant.limits),
         "limits": limits.groups(tenant.limits),

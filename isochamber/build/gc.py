@@ -71,6 +71,7 @@ def prune(state: State, spec: Spec, reporter: Reporter) -> list[Removed]:
         with locks.product_lock(state, "build", reporter.say):
             removed += _prune_orphans(state, spec)
             removed += _prune_products(state)
+            removed += _prune_filters(state)
             removed += _prune_directory(state, "staging", state.staging)
             removed += _prune_directory(state, "cache", state.root / paths.CACHE)
     except OSError as error:
@@ -113,6 +114,18 @@ def _prune_products(state: State) -> Iterator[Removed]:
             complete = manifest.exists(path)
             durable.remove_tree(path)
             yield kind if complete else "remains", path.name, size
+
+
+def _prune_filters(state: State) -> Iterator[Removed]:
+    referenced = set()
+    for entry in registry.read(state).values():
+        named = entry.get("seccomp", {})
+        referenced |= {*named.get("filters", ()), named.get("learned")}
+    for path in sorted((state.root / paths.FILTERS).iterdir()):
+        if path.stem not in referenced:
+            size = path.lstat().st_size
+            path.unlink()
+            yield "filter", path.stem, size
 
 
 def _prune_directory(state: State, kind: str, directory: Path) -> Iterator[Removed]:

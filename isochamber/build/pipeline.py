@@ -8,7 +8,7 @@ cache/), every ``make_*`` does the work and may be called again.
 from collections.abc import Mapping
 from pathlib import Path
 
-from isochamber.build import base, contents, entry, home, identity, layer, registry
+from isochamber.build import base, contents, entry, filters, home, identity, layer, registry
 from isochamber.build.identity import Identity
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
@@ -130,6 +130,12 @@ class Pipeline:
             raise IsochamberError("its layer is missing", stage="home", tenant=name, hint=f"doit install_deps:{name}")
         home.deploy(self.state, self.tenant(name), self._require_identity(name).tid, wanted, self.reporter)
 
+    # filters, a part of configure: they take milliseconds, and every tenant without grants shares its own
+
+    def filters_of(self, name: str) -> filters.Wanted:  # noqa: ARG002 - what was learned comes from here
+        """Return the system call filters that the tenant is to have now."""
+        return filters.Wanted(filters.default())
+
     # configure
 
     def wanted_entry(self, name: str) -> dict[str, object] | None:
@@ -144,17 +150,19 @@ class Pipeline:
             self.base_product(tenant.base),
             self.layer_product(name),
             self.contents_of(tenant.package),
+            self.filters_of(name).entry(),
             self.spec.subnets,
         )
 
     def configured(self, name: str) -> bool:
-        """Say whether containers.json holds that entry, and the upper belongs to its lowers."""
+        """Say whether containers.json holds that entry, its filters are there, and the upper belongs to its lowers."""
         wanted = self.wanted_entry(name)
-        return wanted is not None and entry.current(self.state, wanted)
+        return wanted is not None and entry.current(self.state, wanted) and self.filters_of(name).exist(self.state)
 
     def configure(self, name: str) -> None:
         """Write the entry, with a fresh upper when the lowers changed; raises IsochamberError (stage "configure")."""
         wanted = self.wanted_entry(name)
         if wanted is None:
             raise IsochamberError("its base, layer or directories are missing", stage="configure", tenant=name)
+        self.filters_of(name).ensure(self.state)
         entry.put(self.state, wanted, self.reporter)

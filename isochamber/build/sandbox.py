@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import limits, process, registry
+from isochamber.build import filters, limits, process, registry
 from isochamber.build.entry import PATH
 from isochamber.build.identity import UID_COUNT, Identity, make_owned
 from isochamber.build.process import Outcome
@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "DEBIAN_FRONTEND": "noninteractive",
     "container": "isochamber",
 }
+_FILTERS = filters.Wanted(filters.default())  # those of every tenant: apt and dpkg need none of what they refuse
 _HOSTNAME = "isochamber-build"  # the host's own name is nobody's business
 
 
@@ -68,6 +69,7 @@ class Sandbox:
         self, argv: Sequence[str], env: Mapping[str, str], *, bounds: Limits, tenant: str, log: Path, product: Product
     ) -> Outcome:
         """Run ``argv`` to its end, or its time limit; nothing of it is left then. Raises OSError."""
+        _FILTERS.ensure(self.state)
         plan = os.memfd_create("plan", os.MFD_CLOEXEC)
         try:
             with os.fdopen(os.dup(plan), "wb") as file:
@@ -105,6 +107,7 @@ class Sandbox:
             "network": "host",
             "net": None,
             "capabilities": list(capabilities.INSTALL),
+            "seccomp": _FILTERS.entry(),
             "tmpfs": {"tmp": 1 << 30, "shm": 64 << 20},
             "rlimits": limits.install_rlimits(bounds),
             "limits": limits.install_groups(bounds),

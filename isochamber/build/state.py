@@ -17,6 +17,7 @@ _DIRECTORIES = (
     paths.TENANTS_PERSIST,
     paths.CACHE,
     paths.STAGING,
+    paths.FILTERS,
     paths.LOGS,
 )
 
@@ -103,6 +104,10 @@ class State:
     def tenant_persist(self, tid: str) -> Path:
         """Return tenants_persist/<tid>, which holds home and its manifest."""
         return self.root / paths.TENANTS_PERSIST / tid
+
+    def filter(self, digest: str) -> Path:
+        """Return where the compiled system call filter ``digest`` lies."""
+        return self.root / paths.FILTERS / f"{digest}.bpf"
 
     def log(self, product: str) -> Path:
         """Return the log that errors of ``product`` (``layer-sensor``) name."""

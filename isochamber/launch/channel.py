@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _socket
+import os
 import struct
 
 from isochamber.errors import IsochamberError
@@ -17,11 +18,12 @@ def pair() -> tuple[_socket.socket, _socket.socket]:
 
 
 def _send(end: _socket.socket, packet: bytes, descriptor: int | None = None) -> None:
-    extra = []
-    if descriptor is not None:
-        extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("=i", descriptor))]
     try:
-        end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL)
+        if descriptor is None:
+            os.write(end.fileno(), packet)  # not sendmsg: after its filters are loaded the tenant's side may only write
+        else:
+            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("=i", descriptor))
+            end.sendmsg([packet], [rights], _socket.MSG_NOSIGNAL)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the launcher is gone, and we go with it
 

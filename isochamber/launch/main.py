@@ -78,6 +78,7 @@ def _entry(options: Options) -> entry.Entry:
         wanted.network = "host"
         wanted.capabilities = list(capabilities.INSTALL)
         wanted.argv = _SHELL
+        wanted.seccomp.forget_learned()
     if options.command:
         wanted.argv = options.command
     return wanted

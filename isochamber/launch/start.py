@@ -27,6 +27,7 @@ from isochamber.launch import (
     pins,
     records,
     rlimits,
+    seccomp,
     syscalls,
     terminal,
     verify,
@@ -45,7 +46,8 @@ class Prepared:
     """What the host side made before the clone: descriptors, all close-on-exec."""
 
     __slots__ = (
-        "entry", "groups", "highest_capability", "host_namespaces", "lock", "net", "root", "terminal", "user", "waits",
+        "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "root", "terminal",
+        "user", "waits",
     )  # fmt: skip
 
     def __init__(self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False) -> None:
@@ -67,6 +69,7 @@ class Prepared:
             join.ensure(root, entry, self.net)
             self.groups = cgroup.make(entry.tid, limits.controllers(entry.limits))
             limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_of(root))
+            self.filters = seccomp.Filters(root, entry.seccomp)
             self.highest_capability = capabilities.last()
             self.host_namespaces = verify.namespaces()
         except BaseException:
@@ -189,7 +192,11 @@ def _become_tenant(
     if slave is not None:
         terminal.become_controlling(slave)
     syscalls.close_range_on_exec(3)
-    # (seccomp: here, when nothing but execve is left to do)
+    step("reset the signals and the working directory")
+    _reset_signals()
+    os.chdir(entry.cwd)
+    step("load the system call filters")
+    seccomp.load(prepared.filters)  # last: nothing but execve is left to do, and to be allowed
     step("execute")
     _execute(entry)
 
@@ -232,14 +239,17 @@ def _take_ids(entry: Entry) -> None:
     os.setresuid(entry.uid, entry.uid, entry.uid)
 
 
-def _execute(entry: Entry) -> None:
-    """execve(2) the tenant's program; raises IsochamberError with podman's exit code."""
-    os.chdir(entry.cwd)
+def _reset_signals() -> None:
+    """Every signal at its default, none blocked."""
     for number in range(1, signal.NSIG):
         # Python ignores SIGPIPE and SIGXFSZ; an ignored signal would survive the exec.
         if number not in (signal.SIGKILL, signal.SIGSTOP) and not 32 <= number < signal.SIGRTMIN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+
+
+def _execute(entry: Entry) -> None:
+    """execve(2) the tenant's program; raises IsochamberError with podman's exit code."""
     failure = _try_each(entry)
     missing = failure.errno == errno.ENOENT
     raise IsochamberError(

@@ -16,11 +16,13 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 # Numbers of calls that glibc 2.36 has no function for. From 424 on every architecture counts alike.
 _NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "armv7l": 218, "i686": 217}.get(os.uname().machine, -1)
+_NR_SECCOMP = {"x86_64": 317, "aarch64": 277, "riscv64": 277, "armv7l": 383, "i686": 354}.get(os.uname().machine, -1)
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
 _NR_CLONE3 = 435
 _NR_CLOSE_RANGE = 436
 _NR_OPENAT2 = 437
+_NR_PIDFD_GETFD = 438
 _NR_MOUNT_SETATTR = 442
 
 AT_FDCWD = -100
@@ -85,6 +87,11 @@ PR_CAP_AMBIENT = 47
 PR_CAP_AMBIENT_RAISE = 2
 PR_CAP_AMBIENT_CLEAR_ALL = 4
 
+# seccomp(2)
+SECCOMP_FILTER_FLAG_LOG = 2
+SECCOMP_FILTER_FLAG_NEW_LISTENER = 8
+_SECCOMP_SET_MODE_FILTER = 1
+
 # fanotify(7)
 FAN_ACCESS = 0x1
 FAN_OPEN = 0x20
@@ -106,7 +113,8 @@ _CLOSE_RANGE_CLOEXEC = 4
 
 _SINCE = {
     "open_tree": "5.2", "move_mount": "5.2", "clone3": "5.3", "openat2": "5.6", "mount_setattr": "5.12",
-    "close_range": "5.11", "renameat2": "3.15", "fanotify_init": "2.6.37 with CONFIG_FANOTIFY", "syncfs": "2.6.39",
+    "close_range": "5.11", "pidfd_getfd": "5.6", "seccomp": "3.17 with CONFIG_SECCOMP_FILTER",
+    "renameat2": "3.15", "fanotify_init": "2.6.37 with CONFIG_FANOTIFY", "syncfs": "2.6.39",
 }  # fmt: skip
 
 
@@ -139,6 +147,10 @@ class _CapHeader(ctypes.Structure):
 
 class _CapData(ctypes.Structure):
     _fields_ = [("effective", ctypes.c_uint32), ("permitted", ctypes.c_uint32), ("inheritable", ctypes.c_uint32)]
+
+
+class _SockFprog(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
 
 _c = ctypes
@@ -322,6 +334,20 @@ def close_range_on_exec(first: int) -> None:
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
     """close_range(2): close every descriptor from ``first`` to ``last``."""
     _syscall(_NR_CLOSE_RANGE, "close_range", None, ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0))
+
+
+def seccomp_filter(program: bytes, flags: int = 0) -> int:
+    """seccomp(2), SECCOMP_SET_MODE_FILTER with BPF instructions of 8 bytes; a new listener's descriptor, or 0."""
+    program_of = _SockFprog(len(program) // 8, program)
+    return _syscall(
+        _NR_SECCOMP, "seccomp", None,
+        ctypes.c_uint(_SECCOMP_SET_MODE_FILTER), ctypes.c_uint(flags), ctypes.byref(program_of),
+    )  # fmt: skip
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """pidfd_getfd(2): a copy, close-on-exec, of another process's descriptor ``fd``."""
+    return _syscall(_NR_PIDFD_GETFD, "pidfd_getfd", fd, ctypes.c_int(pidfd), ctypes.c_int(fd), ctypes.c_uint(0))
 
 
 def syncfs(fd: int) -> None:

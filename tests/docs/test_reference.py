@@ -87,7 +87,7 @@ def test_containers_json_md_names_every_key_in_its_order(tmp_path: Path) -> None
     file.write_text("tenants: {some: {package: package}}\n")
     package.create(tmp_path / "package", "some")
     tenant = load.load(file, root=tmp_path).tenants["some"]
-    made = entry.make(State(tmp_path), tenant, Identity("0" * 32, 524288), "default-0", None, {})
+    made = entry.make(State(tmp_path), tenant, Identity("0" * 32, 524288), "default-0", None, {}, {})
     text = page("docs/reference/containers.json.md").text
     rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     assert [key for row in rows for key in re.findall(r"`(\w+)`", row)] == list(made)
@@ -147,7 +147,7 @@ def test_architecture_md_names_everything_that_lies_in_a_state_directory() -> No
     section = page("docs/explanation/architecture.md").section("The state directory")
     for name in (
         paths.CONTAINERS, paths.NAMESPACE, paths.NEW_TENANTS, paths.BASES, paths.LAYERS, paths.TENANTS_FS,
-        paths.TENANTS_PERSIST, paths.CACHE, paths.STAGING, paths.LOGS,
+        paths.TENANTS_PERSIST, paths.CACHE, paths.STAGING, paths.FILTERS, paths.LOGS,
     ):  # fmt: skip
         assert re.search(rf"^{re.escape(name)}\b", section, re.MULTILINE), name
 

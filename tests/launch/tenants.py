@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from isochamber import paths
+from isochamber.build import filters
+from isochamber.build.state import State
 from isochamber.launch import command, pins, records
 
 DEADLINE = 30.0  # seconds for an event that takes milliseconds; only a failing test waits that long
@@ -20,6 +22,9 @@ ENVIRONMENT = {
     "LANG": "C.UTF-8",
     "container": "isochamber",
 }
+
+FILTERS = filters.Wanted(filters.default())  # what every tenant gets
+UNFILTERED: dict[str, object] = {"mode": "none", "filters": [], "learned": None}  # a control
 
 Done = subprocess.CompletedProcess[str]
 
@@ -56,10 +61,12 @@ class Tenant:
             "uid": 0, "gid": 0, "uid_base": self.uid_base, "uid_count": UID_COUNT, "lowers": [base],
             "upper": self._relative("upper"), "workdir": self._relative("workdir"),
             "overlay": self._relative("overlay"), "home": f"tenants_persist/{self.tid}/home", "ipc": None,
-            "network": "none", "net": None, "capabilities": [], "tmpfs": {"tmp": 1 << 26, "shm": 1 << 26},
+            "network": "none", "net": None, "capabilities": [], "seccomp": FILTERS.entry(),
+            "tmpfs": {"tmp": 1 << 26, "shm": 1 << 26},
             "rlimits": {"NOFILE": 1024, "CORE": 0}, "limits": {}, "limits_required": [], "service": service(),
             "package": "/nowhere", "inputs": [], "digest": "",
         }  # fmt: skip
+        FILTERS.ensure(State(root))
         self.change(**changes)
 
     def _relative(self, name: str) -> str:

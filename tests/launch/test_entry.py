@@ -26,6 +26,11 @@ WRONG: list[Change] = [
     ("ipc", "relative"), ("ipc", 1), ("network", "bridge"), ("net", {}), ("net", []), ("network", None),
     ("capabilities", "CHOWN"),
     ("tmpfs", {"tmp": -1}), ("tmpfs", {"tmp": "64M"}), ("tmpfs", []), ("rlimits", {"CORE": True}), ("rlimits", None),
+    ("seccomp", None), ("seccomp", {}), ("seccomp", {"mode": "none", "filters": ["../x"], "learned": None}),
+    ("seccomp", {"mode": "none", "filters": "0" * 40, "learned": None}),
+    ("seccomp", {"mode": "none", "filters": [], "learned": "0" * 40}),
+    ("seccomp", {"mode": "kill", "filters": [], "learned": None}),
+    ("seccomp", {"mode": "shout", "filters": [], "learned": "0" * 40}),
 ]  # fmt: skip
 
 

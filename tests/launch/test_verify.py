@@ -68,6 +68,14 @@ SABOTAGE = {
     ),
     "no fresh /dev": ("devices.make = lambda *rest: None", "/dev is not mounted|dev/null"),
     "no /home": ("start._bind_home = lambda *rest: None", "/home is not mounted"),
+    "no filter loaded": ("syscalls.seccomp_filter = lambda program, flags=0: 0", "Seccomp is 0"),
+    "one filter forgotten": (
+        "real = syscalls.seccomp_filter\n"
+        "taken = []\n"
+        "def once(program, flags=0):\n    taken or real(program)\n    taken.append(1)\n    return 0\n"
+        "syscalls.seccomp_filter = once",
+        "Seccomp_filters",
+    ),
     "something more is mounted": (
         "real = masking.apply\n"
         "masking.apply = lambda root: (real(root), mounts.mount_tmpfs(root, 'mnt', 0, '755', 4096))",
@@ -123,8 +131,8 @@ FAILING = (
     "syscalls.setns", "syscalls.unshare", "mounts.make_private", "mounts.map_lowers", "mounts.mount_overlay",
     "mounts.mount_kernel_views", "devices.make", "mounts.mount_tmpfs", "masking.apply", "start._bind_home",
     "start._bind_extras", "mounts.enter", "syscalls.sethostname", "start.rlimits.apply", "start._take_ids",
-    "capabilities.keep_only", "verify.inside", "syscalls.close_range_on_exec", "start.pins.ensure",
-    "start.cgroup.make", "start.channel.send_started", "keeper.record",
+    "capabilities.keep_only", "verify.inside", "syscalls.close_range_on_exec", "syscalls.seccomp_filter",
+    "start.pins.ensure", "start.cgroup.make", "start.channel.send_started", "keeper.record",
 )  # fmt: skip
 
 
