@@ -11,6 +11,9 @@ DEFAULT_RUN = "/run/isochamber"
 DEFAULT_CGROUP = "isochamber"
 DEFAULT_IPC = "/tmp/tenant_ipc"  # noqa: S108 - the host daemon's directory, fixed by the original
 
+JOURNAL = "/run/systemd/journal/socket"
+NOTIFY_INSIDE = "/dev/notify"  # where a tenant finds its $NOTIFY_SOCKET: in the one directory that is always ours
+
 # Below the state directory.
 CONTAINERS = "containers.json"
 NAMESPACE = "namespace"  # the UUID that tids are made in, written once
@@ -58,6 +61,16 @@ def tenant_lock(tid: str) -> str:
 def tenant_record(tid: str) -> str:
     """Return the pid record of a running tenant: JSON, ``pid``, ``keeper``, ``start_time``, ``cgroup``."""
     return f"{run_directory()}/tenants/{tid}.json"
+
+
+def control_socket() -> str:
+    """Return the socket that the supervisor listens on."""
+    return f"{run_directory()}/control"
+
+
+def serve_file(name: str) -> str:
+    """Return a file of the supervisor's own, which only root sees: "nursery" (its socket), "nursery.log" ..."""
+    return f"{run_directory()}/serve/{name}"
 
 
 def product_lock(state_id: str, product: str) -> str:

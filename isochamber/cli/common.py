@@ -3,9 +3,12 @@
 import argparse
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from isochamber.errors import EXIT_BAD_INPUT, IsochamberError
 
 if TYPE_CHECKING:
     from isochamber.build.pipeline import Pipeline
@@ -60,3 +63,50 @@ def state_of(arguments: argparse.Namespace) -> "State":
     from isochamber.build.state import State  # noqa: PLC0415
 
     return State(root_of(arguments))
+
+
+def flush() -> None:
+    """Let what was said be seen now."""
+    sys.stdout.flush()
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write bytes as they are. Raises OSError."""
+    sys.stdout.flush()
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def moment(text: str | None) -> float | None:
+    """Return seconds since the epoch for such a number, or for 30s, 10m, 2h, 3d ago; raises IsochamberError."""
+    if text is None:
+        return None
+    factor = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(text[-1:])
+    try:
+        return float(text) if factor is None else time.time() - float(text[:-1]) * factor
+    except ValueError:
+        raise IsochamberError(
+            f"{text} is no time", stage="command line", hint="seconds since 1970, or 10m, 2h, 3d ago",
+            exit_code=EXIT_BAD_INPUT,
+        ) from None  # fmt: skip
+
+
+def size(number: float | None) -> str:
+    """Return bytes for people."""
+    value = float(number or 0)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000 or unit == "GB":
+            return f"{value:.3g}{unit}"
+        value /= 1000
+    return ""
+
+
+def supervised() -> bool:
+    """Say whether a supervisor runs."""
+    from isochamber.serve import client  # noqa: PLC0415
+
+    end = client.connect()
+    if end is None:
+        return False
+    end.close()
+    return True

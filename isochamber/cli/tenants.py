@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run a configured tenant in the foreground; returns its exit status as podman-run(1) would."""
-    from isochamber.launch import __main__ as launcher  # noqa: PLC0415
+    from isochamber.serve import run as launcher  # noqa: PLC0415
 
     words = ["run", "--root", str(common.root_of(arguments))]
     if arguments.verb == "shell":

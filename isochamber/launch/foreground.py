@@ -9,11 +9,26 @@ import termios
 
 from isochamber.errors import EXIT_SIGNAL_BASE
 from isochamber.launch.lean import signal
-from isochamber.launch.running import Running
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import _socket
     from types import FrameType
+    from typing import Protocol
+
+    class Started(Protocol):
+        """What was started, here (running.Running) or by the supervisor (serve.client.Remote)."""
+
+        end: _socket.socket
+        master: int | None
+        pid: int | None
+        exit_code: int | None
+
+        def hear(self) -> None: ...  # noqa: D102 - as there
+        def kill(self, number: int) -> None: ...  # noqa: D102 - as there
+        def catches(self, number: int) -> bool: ...  # noqa: D102 - as there
+        def freeze(self, *, frozen: bool) -> None: ...  # noqa: D102 - as there
+
 
 _FORWARDED = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
@@ -25,7 +40,7 @@ _WINSIZE = b"\0" * 8
 class Foreground:
     """One running tenant and the launcher's own descriptors 0, 1 and 2."""
 
-    def __init__(self, running: Running) -> None:
+    def __init__(self, running: Started) -> None:
         self.running = running
         self._pending: list[int] = []
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -155,18 +170,8 @@ class Foreground:
 
     def _raw(self) -> None:
         self._cooked = termios.tcgetattr(0)
-        modes = termios.tcgetattr(0)
-        # cfmakeraw(3)
-        modes[0] &= ~(
-            termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR | termios.IGNCR
-            | termios.ICRNL | termios.IXON
-        )  # fmt: skip
-        modes[1] &= ~termios.OPOST
-        modes[2] = (modes[2] & ~(termios.CSIZE | termios.PARENB)) | termios.CS8
-        modes[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
-        modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
         self._resize()
-        termios.tcsetattr(0, termios.TCSANOW, modes)
+        make_raw(0)
 
     def _restore(self) -> None:
         if self._cooked is not None:
@@ -211,6 +216,20 @@ class Foreground:
         if self.running.master is not None:
             os.close(self.running.master)
             self.running.master = None
+
+
+def make_raw(descriptor: int) -> None:
+    """Pass every byte of a terminal on as it is typed (cfmakeraw(3))."""
+    modes = termios.tcgetattr(descriptor)
+    modes[0] &= ~(
+        termios.IGNBRK | termios.BRKINT | termios.PARMRK | termios.ISTRIP | termios.INLCR | termios.IGNCR
+        | termios.ICRNL | termios.IXON
+    )  # fmt: skip
+    modes[1] &= ~termios.OPOST
+    modes[2] = (modes[2] & ~(termios.CSIZE | termios.PARENB)) | termios.CS8
+    modes[3] &= ~(termios.ECHO | termios.ECHONL | termios.ICANON | termios.ISIG | termios.IEXTEN)
+    modes[6][termios.VMIN], modes[6][termios.VTIME] = 1, 0
+    termios.tcsetattr(descriptor, termios.TCSANOW, modes)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

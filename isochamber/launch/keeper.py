@@ -65,8 +65,7 @@ def clone(prepared: start.Prepared) -> tuple[int, int]:
 
 def record(prepared: start.Prepared, pidfd: int, keeper: int, *, shared: bool) -> records.Record:
     """Write who runs, in the numbers of the host: those of its /proc, which is still ours."""
-    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:  # proc_pid_fdinfo(5)
-        pid = next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
+    pid = records.pid_of(pidfd)
     started = records.start_time(pid)  # a zombie at worst: only we reap it
     made = records.Record(pid, keeper, started, prepared.groups.v2, shared, prepared.waits)
     records.write(prepared.entry.tid, made)
@@ -105,11 +104,16 @@ def _reap(pid: int, pidfd: int) -> int:
     return os.waitpid(pid, 0)[1]
 
 
+def clean(prepared: start.Prepared) -> None:
+    """Remove what the start of a tenant that has ended made, but for its pins. Raises OSError."""
+    cgroup.remove_all(prepared.groups)
+    records.forget(prepared.entry.tid)
+
+
 def _clean(prepared: start.Prepared, messages: _socket.socket) -> None:
     """Leave nothing behind but the pins; what can't be removed is said and does not change the tenant's status."""
     try:
-        cgroup.remove_all(prepared.groups)
-        records.forget(prepared.entry.tid)
+        clean(prepared)
     except OSError as error:
         wrapped = IsochamberError.from_os(error, stage="launch", hint="the next start of the tenant tries again")
         channel.send_failure(messages, "clean up", wrapped, Word.LEFT)

@@ -108,7 +108,7 @@ def _run(options: Options, wanted: entry.Entry) -> int:
     return code
 
 
-def _open_missing_descriptors() -> None:
+def open_missing_descriptors() -> None:
     """Put /dev/null where 0, 1 or 2 is closed: else what we open next would stand there, in the tenant too."""
     for descriptor in (0, 1, 2):
         try:
@@ -118,7 +118,8 @@ def _open_missing_descriptors() -> None:
             os.set_inheritable(descriptor, True)
 
 
-def _say(line: str) -> None:
+def say(line: str) -> None:
+    """Print one line of ours on standard error."""
     try:
         os.write(2, f"isochamber: {line}\n".encode("utf-8", "backslashreplace"))
     except OSError:
@@ -127,16 +128,16 @@ def _say(line: str) -> None:
 
 def main(words: list[str]) -> int:
     """Run one tenant in the foreground; returns its exit code, or ours with one line on stderr."""
-    _open_missing_descriptors()
+    open_missing_descriptors()
     try:
         return _launch(Options(words))
     except IsochamberError as error:
         for line in error.lines():
-            _say(line)
+            say(line)
         return error.exit_code
     except OSError as error:
         ours = IsochamberError.from_os(error, stage="launch")
-        _say(ours.line())
+        say(ours.line())
         return ours.exit_code
     except KeyboardInterrupt:  # before the tenant was there to take it; what there was of it ends with us
         return EXIT_SIGNAL_BASE + signal.SIGINT

@@ -18,6 +18,7 @@ _IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RE
 _MS_NOATIME = 1024
 
 _NO_PRIVILEGES = syscalls.MS_NOSUID | syscalls.MS_NODEV
+_INERT_ATTRIBUTES = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
 _DATA_ONLY = _NO_PRIVILEGES | syscalls.MS_NOEXEC
 
 
@@ -184,6 +185,21 @@ def bind_file(root: int, path: str, source: str, *, owner: int | None = None) ->
     clone = syscalls.open_tree(syscalls.AT_FDCWD, os.path.realpath(source), syscalls.OPEN_TREE_CLONE)
     read_only = syscalls.MOUNT_ATTR_RDONLY | syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV
     syscalls.mount_setattr(clone, attributes=read_only)
+    syscalls.move_mount(clone, target)
+    os.close(clone)
+    os.close(target)
+
+
+def bind_socket(root: int, path: str, source: str) -> None:
+    """Show the host's socket ``source`` at ``path``, made anew in a directory that is ours. Raises OSError."""
+    parent_path, _, name = path.rpartition("/")
+    parent = reopen(root, parent_path)
+    try:
+        os.close(os.open(name, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600, dir_fd=parent))
+        target = syscalls.openat2(parent, name, os.O_PATH | os.O_NOFOLLOW)
+    finally:
+        os.close(parent)
+    clone = clone_plain(source, syscalls.MOUNT_ATTR_RDONLY | _INERT_ATTRIBUTES)
     syscalls.move_mount(clone, target)
     os.close(clone)
     os.close(target)

@@ -73,6 +73,15 @@ def _is_at(descriptor: int, path: str) -> bool:
         return False
 
 
+def pid_of(pidfd: int) -> int:
+    """Return the pid that ``pidfd`` names, in the numbers of /proc (proc_pid_fdinfo(5)); -1 once it is reaped.
+
+    A keeper lives in a PID namespace of its own, with the host's /proc.
+    """
+    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
+
+
 def start_time(pid: int) -> int:
     """Return field 22 of proc_pid_stat(5); raises FileNotFoundError when the process is gone."""
     with open(f"/proc/{pid}/stat", "rb") as file:

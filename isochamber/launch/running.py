@@ -48,7 +48,7 @@ class Running:
         word, packet, descriptor = channel.receive(self.end)
         if word == Word.STARTED:
             self.pidfd = descriptor
-            self.pid = _pid_of(descriptor)
+            self.pid = -1 if descriptor is None else records.pid_of(descriptor)
         elif word == Word.TERMINAL:
             self.master = descriptor
         elif word == Word.FAILED:
@@ -113,19 +113,8 @@ class Running:
                 pass
 
     def catches(self, number: int) -> bool:
-        """Say whether PID 1 would notice ``number``: it has a handler, ignores it on purpose, or waits for it.
-
-        A PID 1 without a handler is not killed by a signal's default action
-        (pid_namespaces(7)); blocked means that somebody takes it by sigwait or signalfd.
-        """
-        try:
-            with open(f"/proc/{self.pid}/status", "rb") as file:
-                masks = [
-                    int(line.split()[1], 16) for line in file if line.startswith((b"SigBlk", b"SigIgn", b"SigCgt"))
-                ]
-        except (FileNotFoundError, ProcessLookupError):
-            return True  # it has ended: nothing is left to be done
-        return any(mask >> (number - 1) & 1 for mask in masks)
+        """Say whether PID 1 would notice ``number``; see :func:`catches`."""
+        return catches(self.pid, number)
 
     def freeze(self, *, frozen: bool) -> None:
         """Stop or continue all of the tenant: its cgroup, or where there is none its PID 1 alone."""
@@ -139,15 +128,23 @@ class Running:
         self.kill(signal.SIGSTOP if frozen else signal.SIGCONT)
 
 
+def catches(pid: int | None, number: int) -> bool:
+    """Say whether the PID 1 ``pid`` would notice ``number``: it has a handler, ignores it on purpose, or waits for it.
+
+    A PID 1 without a handler is not killed by a signal's default action
+    (pid_namespaces(7)); blocked means that somebody takes it by sigwait or signalfd.
+    """
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            masks = [int(line.split()[1], 16) for line in file if line.startswith((b"SigBlk", b"SigIgn", b"SigCgt"))]
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # it has ended: nothing is left to be done
+    return any(mask >> (number - 1) & 1 for mask in masks)
+
+
 def _warn(error: IsochamberError) -> None:
     """Say what went wrong beside the tenant's own end, which stays the exit code."""
     try:
         os.write(2, f"isochamber: {error.line()}\n".encode())
     except OSError:
         pass  # nobody reads
-
-
-def _pid_of(pidfd: int | None) -> int:
-    """Return the pid that ``pidfd`` names, as this PID namespace sees it (proc_pid_fdinfo(5)); -1 once it is reaped."""
-    with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))

@@ -41,12 +41,18 @@ if TYPE_CHECKING:
 
 TENANT_NAMESPACES = syscalls.CLONE_NEWNS | syscalls.CLONE_NEWPID | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
 
+# What exec joins at once; the PID namespace is joined by who clones it, the user namespace last.
+JOINED_NAMESPACES = (
+    syscalls.CLONE_NEWNS | syscalls.CLONE_NEWNET | syscalls.CLONE_NEWIPC | syscalls.CLONE_NEWUTS
+    | syscalls.CLONE_NEWCGROUP
+)  # fmt: skip
+
 
 class Prepared:
     """What the host side made before the clone: descriptors, all close-on-exec."""
 
     __slots__ = (
-        "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "root", "terminal",
+        "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "notify", "root", "terminal",
         "user", "waits",
     )  # fmt: skip
 
@@ -59,6 +65,7 @@ class Prepared:
         self.entry = entry
         self.terminal = own_terminal
         self.waits = waits
+        self.notify: str | None = None  # the host's socket that the tenant tells its readiness
         # Only one start at a time may see the upper.
         self.lock = records.lock(entry.tid, entry.name)
         self.user = self.net = -1
@@ -85,11 +92,41 @@ class Prepared:
         self.user = self.net = -1
 
 
+def joining_side(prepared: Prepared, tenant: int, messages: _socket.socket) -> None:
+    """Become a command beside the running ``tenant`` (its pidfd), already in its PID namespace and group: as there.
+
+    Never returns: a failure is sent, then it exits.
+    """
+    _exit_with_what_it_says(lambda step: _join(prepared, tenant, messages, step), messages)
+
+
+def _join(prepared: Prepared, tenant: int, messages: _socket.socket, step: Callable[[str], None]) -> None:
+    step("join the running tenant")
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    os.setsid()
+    os.umask(0o022)
+    cgroup.enter(prepared.groups)
+    syscalls.setns(tenant, JOINED_NAMESPACES)  # a pidfd stands for all of them (setns(2), Linux 5.8)
+    os.chdir("/")
+    slave = None
+    if prepared.terminal:
+        root = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        master, slave = terminal.open_pair(root, prepared.entry.uid_base)
+        channel.send_terminal(messages, master)
+        os.close(master)
+    rlimits.apply(prepared.entry.rlimits)
+    _become_tenant(prepared, messages, step, slave)
+
+
 def tenant_side(prepared: Prepared, messages: _socket.socket) -> None:
     """Become the tenant: every step in order, then execve(2). Never returns: a failure is sent, then it exits."""
+    _exit_with_what_it_says(lambda step: _become(prepared, messages, step), messages)
+
+
+def _exit_with_what_it_says(become: Callable[[Steps], None], messages: _socket.socket) -> None:
     step = Steps()
     try:
-        _become(prepared, messages, step)
+        become(step)
     except IsochamberError as error:
         channel.send_failure(messages, step.name, error)
         os._exit(error.exit_code)
@@ -155,7 +192,7 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     if ipc_mount is not None:
         mounts.attach(root, ipc.TARGET, ipc_mount, owner)
     step("bind the extra directories")
-    _bind_extras(root, entry, prepared.user)
+    _bind_extras(root, entry, prepared.user, prepared.notify)
     step("make the terminal")
     slave = _make_terminal(root, entry, messages) if prepared.terminal else None
     step("enter the root")
@@ -208,7 +245,9 @@ def _bind_home(root: int, entry: Entry, user: int) -> None:
     mounts.attach(root, "home", clone, entry.uid_base)
 
 
-def _bind_extras(root: int, entry: Entry, user: int) -> None:
+def _bind_extras(root: int, entry: Entry, user: int, notify: str | None) -> None:
+    if notify is not None:
+        mounts.bind_socket(root, paths.NOTIFY_INSIDE.removeprefix("/"), notify)
     if entry.network == "host":
         mounts.bind_file(root, "etc/resolv.conf", "/etc/resolv.conf")
     if entry.network == "bridge":

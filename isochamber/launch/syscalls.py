@@ -106,6 +106,13 @@ FAN_UNLIMITED_MARKS = 0x20
 FAN_MARK_ADD = 0x1
 FAN_MARK_MOUNT = 0x10
 
+# inotify(7)
+IN_MODIFY = 0x2
+IN_CLOSE_WRITE = 0x8
+IN_MOVED_TO = 0x80
+IN_CREATE = 0x100
+IN_DELETE = 0x200
+
 RENAME_NOREPLACE = 1
 RENAME_EXCHANGE = 2
 
@@ -164,6 +171,8 @@ for _name, _arguments in {
     "sethostname": (_c.c_char_p, _c.c_size_t),
     "syncfs": (_c.c_int,),
     "renameat2": (_c.c_int, _c.c_char_p, _c.c_int, _c.c_char_p, _c.c_uint),
+    "inotify_init1": (_c.c_int,),
+    "inotify_add_watch": (_c.c_int, _c.c_char_p, _c.c_uint32),
     "fanotify_init": (_c.c_uint, _c.c_uint),
     "fanotify_mark": (_c.c_int, _c.c_uint, _c.c_uint64, _c.c_int, _c.c_char_p),
 }.items():
@@ -371,6 +380,17 @@ def rename_exchange(first: str, second: str) -> None:
         "renameat2",
         second,
     )
+
+
+def inotify(path: str, mask: int) -> int:
+    """inotify_init1(2) and inotify_add_watch(2): returns a non-blocking descriptor that watches ``path``."""
+    descriptor = _checked(_libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC), "inotify_init1", None)
+    try:
+        _checked(_libc.inotify_add_watch(descriptor, os.fsencode(path), mask), "inotify_add_watch", path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def fanotify_init(flags: int, event_flags: int) -> int:

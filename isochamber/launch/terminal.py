@@ -21,13 +21,19 @@ def wanted() -> bool:
 
 def make(root: int, owner: int) -> "tuple[int, int]":
     """Return (master, slave) of a new pty of the instance at /dev/pts, bound to /dev/console too. Raises OSError."""
+    master, slave = open_pair(root, owner)
+    _bind_console(root, slave)
+    return master, slave
+
+
+def open_pair(root: int, owner: int) -> "tuple[int, int]":
+    """Return (master, slave) of a new pty of the instance at /dev/pts. Raises OSError."""
     below = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS
     master = syscalls.openat2(root, "dev/pts/ptmx", os.O_RDWR | os.O_NOCTTY, resolve=below)
     fcntl.ioctl(master, _TIOCSPTLCK, b"\0\0\0\0")
     # By ioctl and not by name: a name could be the tenant's by now.
     slave = fcntl.ioctl(master, _TIOCGPTPEER, os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC)
     os.chown(slave, owner, owner + 5)
-    _bind_console(root, slave)
     return master, slave
 
 

@@ -78,7 +78,7 @@ def _check_privileges(kept: int) -> None:
 def _check_mounts(entry: Entry) -> None:
     """The root is the overlay, all that must be mounted is, and nothing of the host's old root is left."""
     missing = dict(_MOUNTS)
-    optional = {"/dev/console", *masking.targets(), *(bind.target for bind in entry.binds)}
+    optional = {"/dev/console", paths.NOTIFY_INSIDE, *masking.targets(), *(bind.target for bind in entry.binds)}
     if entry.network != "none":
         optional |= {"/etc/resolv.conf", "/etc/hosts"}
     for target, fstype in mounted():

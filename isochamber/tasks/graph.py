@@ -8,6 +8,7 @@ from typing import Any
 from isochamber.build.pipeline import Pipeline
 from isochamber.launch import command
 from isochamber.net import lifecycle
+from isochamber.serve import run as supervised
 from isochamber.tasks import foreground
 from isochamber.tasks.action import action, up_to_date
 
@@ -106,7 +107,7 @@ def foreground_tasks(pipeline: Pipeline) -> Iterator[Task]:
         if pipeline.state.namespace is not None:
             names.append(pipeline.state.tid(name))
         for alias in names:
-            yield foreground.task("run", alias, name, command.argv("run", "--root", root, "--", name), needed)
+            yield foreground.task("run", alias, name, supervised.argv("run", "--root", root, "--", name), needed)
         yield foreground.task("shell", name, name, command.argv("run", "--root", root, "--shell", "--", name))
 
 

@@ -1,0 +1,96 @@
+"""JSON packets with descriptors over SOCK_SEQPACKET: between nursery and supervisor, and for attached clients.
+
+A packet is one JSON object. What is longer than a socket takes at once travels in a
+memfd, named by the key ``long``. Used by the lean half, so no import of json.
+"""
+
+from __future__ import annotations
+
+import _socket
+import os
+import struct
+
+from isochamber.launch import lean
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+VERSION = 1  # of what nursery and supervisor say to each other
+MAXIMUM = 1 << 16  # bytes a packet
+MOST_DESCRIPTORS = 8
+
+
+def dump(value: object) -> str:
+    """Return ``value`` (None, bool, int, float, str, lists and dicts with text keys of them) as JSON."""
+    if value is None:
+        return "null"
+    if value is True or value is False:
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return lean.quote(value)
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{lean.quote(key)}:{dump(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(dump, value)) + "]"
+    raise TypeError(f"{type(value).__name__} does not travel")
+
+
+def send(end: _socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    """Send one message; raises OSError (BlockingIOError where the end is non-blocking and full)."""
+    packet = dump(message).encode()
+    memory = -1
+    if len(packet) > MAXIMUM:
+        memory = os.memfd_create("long", os.MFD_CLOEXEC)
+        with open(memory, "wb", closefd=False) as file:
+            file.write(packet)
+        packet = b'{"long":true}'
+        descriptors = (memory, *descriptors)
+    extra = []
+    if descriptors:
+        extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
+    try:
+        end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL)
+    finally:
+        if memory >= 0:
+            os.close(memory)
+
+
+def receive(end: _socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
+    """Return the next message and its descriptors, (None, []) at the end. Raises OSError, ValueError."""
+    packet, descriptors = receive_packet(end)
+    if not packet:
+        return None, []
+    message = lean.parse(packet)
+    if isinstance(message, dict) and message.get("long") and descriptors:
+        memory = descriptors.pop(0)
+        with open(memory, "rb") as file:
+            file.seek(0)
+            message = lean.parse(file.read())
+    if not isinstance(message, dict):
+        close_all(descriptors)
+        raise ValueError("a message is no object")
+    return message, descriptors
+
+
+def receive_packet(end: _socket.socket, size: int = MAXIMUM) -> tuple[bytes, list[int]]:
+    """Return the next packet as it is and its descriptors; no bytes at the end. Raises OSError."""
+    packet, extra, _, _ = end.recvmsg(size, _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS), _socket.MSG_CMSG_CLOEXEC)
+    descriptors: list[int] = []
+    for level, kind, data in extra:
+        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+            count = len(data) // 4
+            descriptors.extend(struct.unpack(f"={count}i", data[: 4 * count]))
+    return packet, descriptors
+
+
+def close_all(descriptors: list[int]) -> None:
+    """Close what came along and nobody wanted."""
+    for descriptor in descriptors:
+        try:
+            os.close(descriptor)
+        except OSError:
+            pass  # EIO of a file that its sender had: not ours to repair
+    descriptors.clear()
