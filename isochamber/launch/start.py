@@ -97,11 +97,10 @@ def joining_side(prepared: Prepared, tenant: int, messages: _socket.socket) -> N
 
     Never returns: a failure is sent, then it exits.
     """
-    _exit_with_what_it_says(lambda step: _join(prepared, tenant, messages, step), messages)
+    _exit_with_what_it_says(lambda step: _join(prepared, tenant, messages, step), messages, "join the running tenant")
 
 
 def _join(prepared: Prepared, tenant: int, messages: _socket.socket, step: Callable[[str], None]) -> None:
-    step("join the running tenant")
     syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
     os.setsid()
     os.umask(0o022)
@@ -123,8 +122,9 @@ def tenant_side(prepared: Prepared, messages: _socket.socket) -> None:
     _exit_with_what_it_says(lambda step: _become(prepared, messages, step), messages)
 
 
-def _exit_with_what_it_says(become: Callable[[Steps], None], messages: _socket.socket) -> None:
+def _exit_with_what_it_says(become: Callable[[Steps], None], messages: _socket.socket, first: str = "") -> None:
     step = Steps()
+    step.name = first
     try:
         become(step)
     except IsochamberError as error:
