@@ -28,10 +28,11 @@ def encode(name: str, tid: str, pid: int, stream: int, line: bytes) -> bytes:
 def send(name: str, tid: str, pid: int, stream: int, data: bytes, path: str | None = None) -> int:
     """Send each line of ``data``; returns how many the journal did not take: it never makes a tenant wait."""
     refused = 0
+    end = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
     try:
-        end = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
         end.connect(path or paths.JOURNAL)
     except OSError:
+        end.close()
         return data.count(b"\n") or 1
     for line in data.split(b"\n"):
         for start in range(0, len(line), _MOST):

@@ -14,7 +14,7 @@ from isochamber.serve import journal, logs
 from isochamber.serve.ring import Ring
 from isochamber.serve.supervisor import log_directory
 from tests.launch.tenants import Tenant
-from tests.serve.world import FOREVER, World
+from tests.serve.world import Terminal, World
 
 Add = Callable[..., Tenant]
 
@@ -124,8 +124,6 @@ def test_logs_begin_with_the_last_lines_or_at_a_time_and_follow_to_the_end(world
 
 
 def test_what_a_tenant_says_can_not_steer_the_operators_terminal(world: World, add: Add) -> None:
-    from tests.serve.world import Terminal
-
     tenant = add(argv=["/usr/bin/printf", "\\033]0;owned\\007 plain\\n"])
     world.begin()
     world.ask("start", tenant.name)
@@ -168,4 +166,3 @@ def test_the_journal_gets_each_line_as_one_field_whatever_is_in_it(tmp_path: Pat
 @pytest.mark.parametrize("seconds", [0.0, 1.5, 1764021725.123456])
 def test_times_compare_as_the_ring_writes_them(seconds: float) -> None:
     assert len(logs.timestamp(seconds)) == len("2026-11-24T22:02:05.123456Z")
-    assert FOREVER

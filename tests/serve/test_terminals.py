@@ -1,7 +1,7 @@
 """Going into tenants through the supervisor: run, exec and attach, with and without a terminal."""
 
+import _socket
 import os
-import select
 import signal
 import subprocess
 from collections.abc import Callable
@@ -15,7 +15,12 @@ from tests.serve.world import DEADLINE, FOREVER, Terminal, World, eventually, go
 Add = Callable[..., Tenant]
 
 # What may not differ between the tenant's own process and a command beside it.
-CONFINEMENT = "for f in uid_map gid_map; do cat /proc/$P/$f; done; grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp)' /proc/$P/status; for n in cgroup ipc mnt net pid user uts; do readlink /proc/$P/ns/$n; done; cat /proc/$P/cgroup /proc/$P/limits; ls /proc/$P/fd | grep -v '^[0-2]$' | wc -l"
+CONFINEMENT = (
+    "for f in uid_map gid_map; do cat /proc/$P/$f; done;"
+    " grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp)' /proc/$P/status;"
+    " for n in cgroup ipc mnt net pid user uts; do readlink /proc/$P/ns/$n; done;"
+    " cat /proc/$P/cgroup /proc/$P/limits"
+)
 
 
 def test_run_goes_through_the_supervisor_with_our_descriptors_and_gives_the_tenants_status(
@@ -83,7 +88,7 @@ def test_exec_runs_beside_the_tenant_confined_as_it_is(world: World, add: Add) -
     world.said(tenant, "up")
     own = world.output("exec", tenant.name, "/bin/sh", "-c", f"P=1; {CONFINEMENT}")
     beside = world.output("exec", tenant.name, "/bin/sh", "-c", f"P=self; {CONFINEMENT}")
-    assert own.splitlines()[:-1] == beside.splitlines()[:-1]
+    assert own.splitlines() == beside.splitlines()
     assert "CapBnd:\t0000000000000000" in beside
     assert world.output("exec", tenant.name, "/bin/hostname") == f"{tenant.tid}\n"
     # The control: from the host's side that is another world.
@@ -121,6 +126,7 @@ def test_exec_with_a_terminal_is_a_shell_to_type_into(world: World, add: Add) ->
     screen.expect(b"sleep 1000")
     eventually(lambda: b"sleep\x001000" in b"".join(_command_lines(tenant)), "sleep runs")
     screen.type(b"\x03")  # Ctrl-C ends the command and not the shell
+    screen.expect(b"# ")
     screen.type(b"echo still''-here; exit 4\n")
     screen.expect(b"still-here")
     assert screen.end() == 4
@@ -147,7 +153,6 @@ def test_a_client_of_exec_that_dies_takes_its_command_along_and_the_tenants_end_
     with client:
         assert client.stdout is not None
         assert client.stdout.readline() == "in\n"
-        assert any(b"sleep\x001000" in line for line in _command_lines(tenant)) or True
         client.kill()
     eventually(lambda: not any(b"echo in" in line for line in _command_lines(tenant)), "the command is gone")
     client = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
@@ -214,8 +219,6 @@ def test_a_directory_is_no_descriptor_for_a_tenant(world: World, add: Add) -> No
     world.begin()
     directory = os.open("/etc", os.O_RDONLY | os.O_DIRECTORY)
     try:
-        import _socket
-
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
         with pytest.raises(Exception, match="directory"):
             world.ask("run", tenant=tenant.name, descriptors=(theirs.fileno(), directory, 1, 2))
@@ -224,4 +227,3 @@ def test_a_directory_is_no_descriptor_for_a_tenant(world: World, add: Add) -> No
     finally:
         os.close(directory)
     assert gone(tenant)
-    assert select.select
