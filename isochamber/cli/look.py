@@ -192,9 +192,7 @@ def _screen(screen: Any, arguments: argparse.Namespace) -> None:
     before: Row | None = None
     screen.timeout(int(arguments.interval * 1000))
     while True:
-        answer = next(iter(client.stream(end, {"verb": "stats", "stream": False})))
-        item = answer["item"]
-        _finish(end)
+        item = next(iter(list(client.stream(end, {"verb": "stats", "stream": False}))))["item"]
         rows = sorted(shown(before or item, item), key=lambda row: -row["share"])
         before = item
         screen.erase()
@@ -205,10 +203,6 @@ def _screen(screen: Any, arguments: argparse.Namespace) -> None:
         screen.refresh()
         if screen.getch() in (ord("q"), ord("Q"), 27):
             return
-
-
-def _finish(end: Any) -> None:
-    end.recv(4096)  # the "ok" after the one item
 
 
 def add(verbs: common.Verbs) -> None:

@@ -52,8 +52,8 @@ class Prepared:
     """What the host side made before the clone: descriptors, all close-on-exec."""
 
     __slots__ = (
-        "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "notify", "root", "terminal",
-        "user", "waits",
+        "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "notify", "root",
+        "terminal", "user", "waits",
     )  # fmt: skip
 
     def __init__(self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False) -> None:
