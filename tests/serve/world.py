@@ -21,7 +21,7 @@ from isochamber.serve import client, link, wire
 from tests.launch import tenants
 from tests.launch.tenants import Tenant
 
-DEADLINE = 6.0  # seconds for an event that takes milliseconds; only a failing test waits that long
+DEADLINE = 60.0  # seconds for an event that takes milliseconds; only a failing test waits that long
 FOREVER = ["/bin/sh", "-c", "trap 'exit 3' TERM; echo up; while :; do sleep 1000 & wait; done"]
 STUBBORN = ["/bin/sh", "-c", "trap '' TERM; echo up; while :; do sleep 1000; done"]
 
