@@ -127,7 +127,8 @@ def _host() -> tuple[list[str], list[str]]:
     """What a test must leave as it found it: mounts and cgroups."""
     targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     mounts = sorted(path for path in targets if "/isochamber-test-" not in path or "/ns/" not in path)
-    groups = Path("/sys/fs/cgroup").glob(f"**/{paths.cgroup_parent()}/*/")
+    top = Path("/sys/fs/cgroup")
+    groups = [*top.glob(f"{paths.cgroup_parent()}/*/"), *top.glob(f"*/{paths.cgroup_parent()}/*/")]
     cgroups = sorted(str(path) for path in groups)
     return mounts, cgroups
 

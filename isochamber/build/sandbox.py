@@ -107,6 +107,8 @@ class Sandbox:
             "network": "host",
             "net": None,
             "capabilities": list(capabilities.INSTALL),
+            "devices": [],
+            "read_only": False,
             "seccomp": _FILTERS.entry(),
             "tmpfs": {"tmp": 1 << 30, "shm": 64 << 20},
             "rlimits": limits.install_rlimits(bounds),

@@ -46,6 +46,7 @@ def keep_only(kept: int, highest: int) -> None:
         if not kept >> number & 1:
             syscalls.prctl(syscalls.PR_CAPBSET_DROP, number)
     syscalls.prctl(syscalls.PR_CAP_AMBIENT, syscalls.PR_CAP_AMBIENT_CLEAR_ALL)
+    syscalls.prctl(syscalls.PR_SET_SECUREBITS, 0)  # while this may still be said: another user than root set one
     syscalls.capset(kept, kept, kept)
     for number in range(highest + 1):
         if kept >> number & 1:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 import stat
 
+from isochamber.errors import IsochamberError
 from isochamber.launch import mounts, syscalls
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from isochamber.launch.entry import Device
+
 # Documentation/admin-guide/devices.txt: name, major, minor.
-_NODES = (
+NODES = (
     ("null", 1, 3), ("zero", 1, 5), ("full", 1, 7), ("random", 1, 8), ("urandom", 1, 9), ("tty", 5, 0),
 )  # fmt: skip
 _LINKS = (
@@ -19,7 +24,7 @@ _TTY_GID = 5  # Debian's group tty
 _MAX_TERMINALS = 64
 
 
-def make(root: int, owner: int, shm: int, shm_inodes: int | None = None) -> None:
+def make(root: int, owner: int, shm: int, shm_inodes: int | None, granted: list[Device]) -> None:
     """Mount /dev with its nodes, /dev/pts (an instance of its own), /dev/shm of ``shm`` bytes and /dev/mqueue.
 
     The nodes are made here and never taken from the tenant's file system, where a
@@ -33,10 +38,12 @@ def make(root: int, owner: int, shm: int, shm_inodes: int | None = None) -> None
     )  # fmt: skip
     os.close(target)
     dev = mounts.reopen(root, "dev")
-    for name, major, minor in _NODES:
+    for name, major, minor in NODES:
         os.mknod(name, stat.S_IFCHR | 0o666, os.makedev(major, minor), dir_fd=dev)
         os.chmod(f"/proc/self/fd/{dev}/{name}", 0o666)  # noqa: S103 - /dev/null is everybody's, whatever the umask
         os.chown(name, owner, owner, dir_fd=dev, follow_symlinks=False)
+    for device in granted:
+        _grant(dev, device)  # before there is any link that its path could lead through
     for name, to in _LINKS:
         os.symlink(to, name, dir_fd=dev)
     os.close(dev)
@@ -50,3 +57,37 @@ def make(root: int, owner: int, shm: int, shm_inodes: int | None = None) -> None
     queue = mounts.open_target(root, "dev/mqueue", owner=owner)
     mounts.mount_on(queue, "mqueue", "mqueue", syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC)
     os.close(queue)
+
+
+def look(path: str) -> tuple[str, int]:
+    """Return ("c" or "b", number) of the host's device at ``path``, links followed; raises IsochamberError."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise IsochamberError.from_os(error, stage="launch", path=path, hint=_HINT) from error
+    kind = {stat.S_IFCHR: "c", stat.S_IFBLK: "b"}.get(stat.S_IFMT(status.st_mode))
+    if kind is None:
+        raise IsochamberError("is not a device", stage="launch", path=path, hint=_HINT)
+    return kind, status.st_rdev
+
+
+_HINT = "devices: in tenants.yaml grants it; is it plugged in?"
+
+
+def _grant(dev: int, device: Device) -> None:
+    """Make a node of the host's device's numbers: a bind of the host's would keep the host's owner and mode.
+
+    It stays the host root's, so that no capability and no chmod inside makes a
+    read-only one writable.
+    """
+    kind, number = look(device.path)
+    *above, name = device.path.removeprefix("/dev/").split("/")
+    for depth in range(len(above)):
+        try:
+            os.mkdir("/".join(above[: depth + 1]), 0o755, dir_fd=dev)
+        except FileExistsError:
+            pass
+    mode = 0o444 if device.read_only else 0o666
+    path = "/".join([*above, name])
+    os.mknod(path, mode | (stat.S_IFCHR if kind == "c" else stat.S_IFBLK), number, dir_fd=dev)
+    os.chmod(f"/proc/self/fd/{dev}/{path}", mode)

@@ -28,6 +28,7 @@ class Entry:
         "binds",
         "capabilities",
         "cwd",
+        "devices",
         "env",
         "gid",
         "home",
@@ -42,6 +43,7 @@ class Entry:
         "net_digest",
         "network",
         "overlay",
+        "read_only",
         "rlimits",
         "seccomp",
         "service",
@@ -101,6 +103,8 @@ class Entry:
         if "swap" in self.limits and "memory" not in self.limits:
             raise field.wrong("limits", "complete: swap needs memory beside it")
         self.limits_required: list[str] = field.texts("limits_required")
+        self.devices: list[Device] = [Device(device) for device in field.objects("devices")]
+        self.read_only: bool = field.flag("read_only")
         # Only a plan has these.
         self.volatile: bool = raw.get("volatile") is True
         self.home_fd: int | None = field.number("home_fd", 0, 1 << 20) if "home_fd" in raw else None
@@ -119,6 +123,20 @@ def _net(field: _Fields, raw: Mapping[str, Any]) -> Mapping[str, Any] | None:
     if not isinstance(digest, str) or len(digest) != 40 or not set(digest) <= set("0123456789abcdef"):
         raise field.wrong("net", "an object with a digest")
     return net
+
+
+class Device:
+    """A device of the host that the tenant gets, at the same path."""
+
+    __slots__ = ("path", "read_only")
+
+    def __init__(self, raw: Mapping[str, Any]) -> None:
+        field = _Fields(raw)
+        self.path: str = field.absolute("path")
+        parts = self.path.split("/")
+        if len(parts) < 3 or parts[1] != "dev" or not all(parts[2:]) or {".", ".."} & set(parts):
+            raise field.wrong("path of a device", "below /dev")
+        self.read_only: bool = field.flag("read_only")
 
 
 class Seccomp:

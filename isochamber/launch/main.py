@@ -76,6 +76,8 @@ def _entry(options: Options) -> entry.Entry:
     if options.shell:
         # The original's configuration mode: the host's network, an administrator's rights over the tenant's own files.
         wanted.network = "host"
+        wanted.read_only = False
+        wanted.uid = wanted.gid = 0
         wanted.capabilities = list(capabilities.INSTALL)
         wanted.argv = _SHELL
         wanted.seccomp.forget_learned()

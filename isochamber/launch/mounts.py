@@ -205,6 +205,15 @@ def bind_socket(root: int, path: str, source: str) -> None:
     os.close(target)
 
 
+def write_protect(path: str) -> None:
+    """Make the mount at ``path`` read-only, alone. Raises OSError."""
+    descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        syscalls.mount_setattr(descriptor, attributes=syscalls.MOUNT_ATTR_RDONLY)
+    finally:
+        os.close(descriptor)
+
+
 def enter(overlay: int) -> None:
     """Make the overlay the root of this mount namespace and let go of the old one (pivot_root(2), NOTES).
 

@@ -17,6 +17,7 @@ from isochamber.launch import (
     capabilities,
     cgroup,
     channel,
+    devicegroup,
     devices,
     handover,
     ipc,
@@ -74,8 +75,10 @@ class Prepared:
                 ipc.check(entry.ipc)
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
             join.ensure(root, entry, self.net)
-            self.groups = cgroup.make(entry.tid, limits.controllers(entry.limits))
+            allowed = devicegroup.rules(entry.devices)
+            self.groups = cgroup.make(entry.tid, [*limits.controllers(entry.limits), devicegroup.CONTROLLER])
             limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_of(root))
+            devicegroup.apply(self.groups, allowed)
             self.filters = seccomp.Filters(root, entry.seccomp)
             self.highest_capability = capabilities.last()
             self.host_namespaces = verify.namespaces()
@@ -181,7 +184,7 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     step("mount /proc and /sys")
     mounts.mount_kernel_views(root, owner)
     step("make /dev")
-    devices.make(root, owner, entry.tmpfs.get("shm", 1 << 26), entry.tmpfs.get("shm_inodes"))
+    devices.make(root, owner, entry.tmpfs.get("shm", 1 << 26), entry.tmpfs.get("shm_inodes"), entry.devices)
     step("mount /tmp")
     mounts.mount_tmpfs(root, "tmp", owner, "1777", entry.tmpfs.get("tmp", 1 << 26), entry.tmpfs.get("tmp_inodes"))
     step("mask /proc and /sys")
@@ -197,6 +200,9 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     slave = _make_terminal(root, entry, messages) if prepared.terminal else None
     step("enter the root")
     mounts.enter(root)  # pivot_root, and the old root detached
+    step("write-protect the root")
+    if entry.read_only:
+        mounts.write_protect("/")  # /home, /tmp and /dev are mounts of their own
     step("set the hostname")
     syscalls.sethostname(entry.hostname)
     step("set the resource limits")
@@ -241,8 +247,16 @@ def _become_tenant(
 def _bind_home(root: int, entry: Entry, user: int) -> None:
     clone = entry.home_fd
     if clone is None:
+        _give_home(entry)
         clone = mounts.clone_idmapped(entry.home, user, syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV)
     mounts.attach(root, "home", clone, entry.uid_base)
+
+
+def _give_home(entry: Entry) -> None:
+    """Let a program that is not root write to its /home: the directory itself is its own, in small ids on disk."""
+    status = os.stat(entry.home, follow_symlinks=False)
+    if (status.st_uid, status.st_gid) != (entry.uid, entry.gid):
+        os.chown(entry.home, entry.uid, entry.gid, follow_symlinks=False)
 
 
 def _bind_extras(root: int, entry: Entry, user: int, notify: str | None) -> None:
@@ -274,6 +288,8 @@ def _make_terminal(root: int, entry: Entry, messages: _socket.socket) -> int:
 
 def _take_ids(entry: Entry) -> None:
     os.setgroups([])
+    if entry.uid:
+        syscalls.prctl(syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)  # the next step needs capabilities
     os.setresgid(entry.gid, entry.gid, entry.gid)
     os.setresuid(entry.uid, entry.uid, entry.uid)
 

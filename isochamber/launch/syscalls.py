@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import os
-from errno import ENOSYS
+from errno import EINVAL, ENOSYS
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 # Numbers of calls that glibc 2.36 has no function for. From 424 on every architecture counts alike.
 _NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "armv7l": 218, "i686": 217}.get(os.uname().machine, -1)
+_NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "i686": 357}.get(os.uname().machine, -1)
 _NR_SECCOMP = {"x86_64": 317, "aarch64": 277, "riscv64": 277, "armv7l": 383, "i686": 354}.get(os.uname().machine, -1)
 _NR_OPEN_TREE = 428
 _NR_MOVE_MOUNT = 429
@@ -81,6 +82,7 @@ PR_SET_NAME = 15
 PR_CAPBSET_READ = 23
 PR_CAPBSET_DROP = 24
 PR_SET_SECUREBITS = 28
+SECBIT_NO_SETUID_FIXUP = 4
 PR_SET_NO_NEW_PRIVS = 38
 PR_GET_NO_NEW_PRIVS = 39
 PR_CAP_AMBIENT = 47
@@ -145,6 +147,23 @@ class _CloneArgs(ctypes.Structure):
             "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls", "set_tid",
             "set_tid_size", "cgroup",
         )
+    ]  # fmt: skip
+
+
+class _BpfProgram(ctypes.Structure):
+    """The part of union bpf_attr that BPF_PROG_LOAD of a small program needs."""
+
+    _fields_ = [
+        ("type", ctypes.c_uint32), ("count", ctypes.c_uint32), ("code", ctypes.c_uint64), ("license", ctypes.c_uint64),
+        ("log_level", ctypes.c_uint32), ("log_size", ctypes.c_uint32), ("log", ctypes.c_uint64),
+    ]  # fmt: skip
+
+
+class _BpfTarget(ctypes.Structure):
+    """The part of union bpf_attr that BPF_PROG_ATTACH needs, and BPF_PROG_QUERY."""
+
+    _fields_ = [(name, ctypes.c_uint32) for name in ("target", "program", "kind", "flags")] + [
+        ("ids", ctypes.c_uint64), ("count", ctypes.c_uint32), ("pad", ctypes.c_uint32),
     ]  # fmt: skip
 
 
@@ -403,3 +422,52 @@ def fanotify_mark(fd: int, flags: int, mask: int, dir_fd: int, path: str | None 
     _checked(
         _libc.fanotify_mark(fd, flags, mask, dir_fd, None if path is None else os.fsencode(path)), "fanotify_mark", path
     )
+
+
+_BPF_PROG_LOAD, _BPF_PROG_ATTACH, _BPF_PROG_QUERY = 5, 8, 16
+_BPF_PROG_TYPE_CGROUP_DEVICE, _BPF_CGROUP_DEVICE = 15, 6
+
+
+def _bpf(command: int, attr: ctypes.Structure, path: str | None = None) -> int:
+    size = ctypes.c_uint(ctypes.sizeof(attr))
+    return _syscall(_NR_BPF, "bpf", path, ctypes.c_int(command), ctypes.byref(attr), size)
+
+
+def attach_device_program(group: str, code: bytes) -> bool:
+    """Attach the eBPF program ``code`` to a v2 control group: it decides which devices may be opened (bpf(2)).
+
+    False where the kernel has no such programs. Raises OSError.
+    """
+    text = b"MIT\0"
+    attr = _BpfProgram(_BPF_PROG_TYPE_CGROUP_DEVICE, len(code) // 8, address(code), address(text))
+    try:
+        program = _bpf(_BPF_PROG_LOAD, attr, "bpf")
+    except OSError as error:
+        if error.errno in (ENOSYS, EINVAL):
+            return False
+        raise
+    try:
+        directory = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _bpf(_BPF_PROG_ATTACH, _BpfTarget(directory, program, _BPF_CGROUP_DEVICE), group)
+        finally:
+            os.close(directory)
+    finally:
+        os.close(program)
+    return True
+
+
+def has_device_program(group: str) -> bool:
+    """Say whether a device program is attached to a v2 control group."""
+    attr = _BpfTarget(0, _BPF_CGROUP_DEVICE, 0, 0)  # BPF_PROG_QUERY: target, kind, flags
+    ids = (ctypes.c_uint32 * 64)()
+    attr.ids, attr.count = ctypes.addressof(ids), len(ids)
+    try:
+        attr.target = os.open(group, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            _bpf(_BPF_PROG_QUERY, attr, group)
+        finally:
+            os.close(attr.target)
+    except OSError:
+        return False
+    return bool(attr.count > 0)

@@ -90,6 +90,8 @@ def _check_mounts(entry: Entry) -> None:
             optional.remove(target)
         elif entry.ipc is None or not f"{target}/".startswith(f"{paths.DEFAULT_IPC}/"):
             raise _refuse(f"{target} is mounted and should not be")
+    if bool(os.statvfs("/").f_flag & os.ST_RDONLY) != entry.read_only:
+        raise _refuse("the root is writable" if entry.read_only else "the root is read-only")
     if missing:
         raise _refuse(f"{min(missing)} is not mounted")
 

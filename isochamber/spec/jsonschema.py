@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from isochamber.spec import validate
+from isochamber.spec import grants, validate
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 _TYPES = {
@@ -33,6 +33,8 @@ _CHECKS: Mapping[str, Mapping[str, Any]] = {
         "minimum": validate.LEAST_MEMORY,
         "maximum": validate.LARGEST_SIZE,
     },
+    "capability": {"enum": list(grants.CAPABILITIES)},
+    "device": {"pattern": f"^{grants.DEVICE}$"},
     "inside": {"pattern": f"^{validate.INSIDE}$"},
     "words": {"pattern": _WORDS, "minItems": 1, "prefixItems": [{**_WORD, "minLength": 1}], "items": _WORD},
     "restart": {"pattern": f"^{validate.RESTART}$", "not": {"const": True}},

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from isochamber import paths
 from isochamber.errors import SpecError, printable
-from isochamber.spec import document, package, service, validate
+from isochamber.spec import document, grants, package, service, validate
 from isochamber.spec import network as networks
 from isochamber.spec.document import Document
 from isochamber.spec.model import Base, Limits, Network, Package, Spec, Subnets, Tenant
@@ -269,6 +269,9 @@ def _tenant(
         network=network,
         limits=_limits({**defaults.get("limits", {}), **own.get("limits", {})}),
         service=service.of(own, defaults),
+        capabilities=tuple(sorted(set(own.get("capabilities", defaults.get("capabilities", ()))))),
+        devices=grants.devices(own.get("devices", defaults.get("devices", []))),
+        read_only={**defaults.get("filesystem", {}), **own.get("filesystem", {})}.get("read_only", False),
         install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},
         place=place,
     )

@@ -62,6 +62,7 @@ class Package:
     init: str | tuple[str, ...]  # as written
     argv: tuple[str, ...]  # init split into words
     env: Mapping[str, str]
+    user: tuple[int, int]  # uid and gid inside
     inputs: tuple[str, ...] | None  # paths below progs/ the install script may see; None: all
     progs: tuple[ProgFile, ...]  # sorted by path
 
@@ -69,6 +70,14 @@ class Package:
     def script(self) -> str | None:
         """The install script's path relative to progs/, or None when there is nothing to install."""
         return self.dependencies.removeprefix("/home/") or None
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device of the host, at the same path inside."""
+
+    path: str
+    read_only: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +213,9 @@ class Tenant:
     limits: Limits
     install_env: Mapping[str, str]  # added to the install script's environment (a proxy, say)
     service: Service = Service()
+    capabilities: tuple[str, ...] = ()  # sorted; without CAP_
+    devices: tuple[Device, ...] = ()
+    read_only: bool = False  # its root; /home, /tmp and /dev/shm stay writable
     place: Place | None = None  # None: dropped into new_tenants/ and not named in tenants.yaml
 
 

@@ -210,9 +210,16 @@ def _validated(directory: Path, content: bytes, progs: tuple[ProgFile, ...], fou
         init=init if isinstance(init, str) else tuple(init),
         argv=tuple(shlex.split(init) if isinstance(init, str) else init),
         env=value.get("env", {}),
+        user=_user(value.get("user", 0)),
         inputs=None if inputs is None else tuple(sorted(set(inputs))),
         progs=progs,
     )
+
+
+def _user(value: int | str) -> tuple[int, int]:
+    """Return (uid, gid) of ``user:``, a number or two with ":" between; one alone is both."""
+    uid, _, gid = str(value).partition(":")
+    return int(uid), int(gid or uid)
 
 
 def _cross_check(value: dict[str, Any], progs: dict[str, ProgFile]) -> Iterator[validate.Problem]:

@@ -14,7 +14,7 @@ import yaml
 from cerberus import errors
 
 from isochamber.errors import printable
-from isochamber.spec import network
+from isochamber.spec import grants, network
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 
@@ -99,6 +99,14 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
         if isinstance(value, str) and value not in network.MODES:
             self._error(field, f"one of {', '.join(network.MODES)}, or a mapping")
 
+    def _check_with_capability(self, field: str, value: object) -> None:
+        if isinstance(value, str) and value not in grants.CAPABILITIES:
+            self._error(field, grants.why_not(value))
+
+    def _check_with_device(self, field: str, value: object) -> None:
+        if isinstance(value, str) and re.fullmatch(grants.DEVICE, value) is None:
+            self._error(field, "the path of a device below /dev, and none that every tenant has of its own")
+
     def _check_with_inside(self, field: str, value: str) -> None:
         if re.fullmatch(INSIDE, value) is None:
             self._error(field, "an absolute path inside the base, without . and ..")
@@ -166,7 +174,8 @@ def _shown(error: errors.ValidationError) -> str:
     text = printable(error.value)
     if "keysrules" in error.schema_path:
         return f"the name {text if len(text) <= 80 else text[:77] + '...'} is not allowed"
-    return f"{printable(error.document_path[-1])}: {text if len(text) <= 60 else text[:57] + '...'} is not allowed"
+    name = next((part for part in reversed(error.document_path) if isinstance(part, str)), "")  # not an item's number
+    return f"{printable(name)}: {text if len(text) <= 60 else text[:57] + '...'} is not allowed"
 
 
 def _allowed(error: errors.ValidationError) -> str:
@@ -197,5 +206,8 @@ def _keys_at(rules: Mapping[str, Any], path: tuple[object, ...]) -> Mapping[str,
     """Return the keys, with their rules, that the schema knows for the mapping at ``path``."""
     rule: Mapping[str, Any] = {"schema": rules}
     for part in path:
-        rule = rule["schema"][part] if "schema" in rule else rule["valuesrules"]
+        if isinstance(part, int):  # of a list: its schema is the items'
+            rule = rule["schema"]
+        else:
+            rule = rule["schema"][part] if "schema" in rule else rule["valuesrules"]
     return dict(rule.get("schema", {}))

@@ -33,6 +33,7 @@ TENANT_SIDE = [
     "bind the extra directories",
     "make the terminal",
     "enter the root",
+    "write-protect the root",
     "set the hostname",
     "set the resource limits",
     "join the user namespace",
@@ -74,7 +75,7 @@ def test_each_step_is_what_its_name_says() -> None:
         "syscalls.prctl", "os.setsid", "cgroup.enter", "syscalls.setns", "syscalls.unshare", "ipc.clone",
         "mounts.make_private", "mounts.map_lowers", "mounts.mount_overlay", "mounts.mount_kernel_views", "devices.make",
         "mounts.mount_tmpfs", "masking.apply", "_bind_home", "mounts.attach", "_bind_extras", "_make_terminal",
-        "mounts.enter", "syscalls.sethostname", "rlimits.apply", "syscalls.setns", "_take_ids",
+        "mounts.enter", "mounts.write_protect", "syscalls.sethostname", "rlimits.apply", "syscalls.setns", "_take_ids",
         "capabilities.keep_only", "syscalls.prctl", "verify.inside", "handover.wait", "terminal.become_controlling",
         "syscalls.close_range_on_exec", "_reset_signals", "seccomp.load", "_execute",
     ]  # fmt: skip
