@@ -214,8 +214,8 @@ def _parts(
         number = str(name).rpartition("-")[2] if kind != "table" else ""
         owner = by_number.get(number, "") if "-" in str(name) else ""
         elements = thing.pop("elem", []) if kind in ("set", "map") else []
-        if "dynamic" in thing.get("flags", ()):
-            elements = []
+        if thing.get("name") in rules.COUNTED:
+            elements = []  # the kernel's own, as connections come and go
         add(owner, [kind, thing])
         for element in elements:
             plain = _without_times(element)

@@ -155,8 +155,9 @@ def ensure_port(netlink: Any, site: Site, member: Member, net: int, about: Host)
     its own grant has changed. Returns whether it was made: it counts as half-made
     until :func:`finish_port`.
     """
-    former = find(netlink, member.port)
-    if former is not None and former.alias == member.digest and inside_matches(site, member, net, about):
+    former, bridge = find(netlink, member.port), _need(netlink, site.bridge).index
+    whole = former is not None and (former.alias, former.up, former.master) == (member.digest, True, bridge)
+    if whole and inside_matches(site, member, net, about):
         return False
     try:
         if former is not None:
@@ -167,7 +168,6 @@ def ensure_port(netlink: Any, site: Site, member: Member, net: int, about: Host)
         index = _need(netlink, member.port).index
         if about.ipv6:
             host.write_sysctl(f"net/ipv6/conf/{member.port}/disable_ipv6", "1")  # a port is no host
-        bridge = _need(netlink, site.bridge).index
         netlink.link("set", index=index, master=bridge)
         netlink.brport(
             "set", index=index, isolated=1, learning=0, unicast_flood=0, mcast_flood=0, bcast_flood=0, guard=1

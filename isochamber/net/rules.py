@@ -30,6 +30,7 @@ NEVER6 = (
 )  # fmt: skip
 
 CONNECTIONS = 4096  # tracked connections a tenant may have open, and as many to it
+COUNTED = ("opened4", "opened6", "accepted4", "accepted6")  # sets that the kernel fills
 UNLIMITED = 1 << 62  # bytes: the quota of a tenant without an allowance only counts
 _SLOW_BURST = 128 << 10  # bytes: a segment as offloading makes it (64 KiB) must pass at any rate
 

@@ -76,7 +76,8 @@ def _shape(netlink: Any, device: str, rate: int, queue: str) -> None:
         raise IsochamberError("is gone again", stage="net", path=device)
     try:
         _add(netlink, link.index, "tbf", _ROOT, _HANDLE, rate)
-        _add(netlink, link.index, _KINDS.get(queue, queue), _HANDLE | 1, _CHILD, rate)
+        if queue != "fifo":  # which the bucket has by itself
+            _add(netlink, link.index, queue, _HANDLE | 1, _CHILD, rate)
     except Exception as error:
         raise links.failed(error, device) from error
 
@@ -87,7 +88,7 @@ def _add(netlink: Any, index: int, kind: str, parent: int, handle: int, rate: in
         options = {"rate": rate // 8, "burst": burst(rate), "limit": queue_limit(rate)}
     elif kind == "bfifo":
         options = {"limit": queue_limit(rate)}
-    netlink.tc("add", kind, index, handle, parent=parent, **options)
+    netlink.tc("replace", kind, index, handle, parent=parent, **options)
 
 
 def burst(rate: int) -> int:

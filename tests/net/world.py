@@ -24,9 +24,9 @@ from isochamber import paths
 from isochamber.build import identity, network, registry
 from isochamber.build.state import State
 from isochamber.launch import pins, syscalls
-from isochamber.net import host
+from isochamber.net import host, plan
 from isochamber.net.network import Network
-from isochamber.net.plan import Member
+from isochamber.net.plan import Member, Site
 from isochamber.spec import network as spec_network
 from isochamber.spec.model import Subnets
 
@@ -275,7 +275,7 @@ def run_in(net: int, user: int | None, function: Callable[[], Any]) -> Any:
 # Probes, for run_in: each returns what the server said, or the name of what went wrong.
 
 
-def _problem(error: OSError) -> str:
+def problem(error: OSError) -> str:
     return "silence" if isinstance(error, TimeoutError) else errno.errorcode.get(error.errno or 0, str(error))
 
 
@@ -298,7 +298,7 @@ def tcp(
             client.connect((address, port))
             return client.recv(2048).decode()
     except OSError as error:
-        return _problem(error)
+        return problem(error)
 
 
 def udp(
@@ -315,7 +315,7 @@ def udp(
                     return client.recv(2048).decode()
             return "silence"
     except OSError as error:
-        return _problem(error)
+        return problem(error)
 
 
 def ping(
@@ -334,7 +334,7 @@ def ping(
                     return "pong" if client.recv(2048) else "nothing"
             return "silence"
     except OSError as error:
-        return _problem(error)
+        return problem(error)
 
 
 PROBES: dict[str, Callable[..., str]] = {"tcp": tcp, "udp": udp, "icmp": ping}
@@ -357,5 +357,21 @@ def frames(watching: socket.socket, wait: float) -> Iterator[bytes]:
             yield watching.recv(65535)
 
 
+@contextlib.contextmanager
+def frames_of(namespace: int, device: str) -> Iterator[Callable[[float], Iterator[bytes]]]:
+    """Give a function that yields what came in on a device since then, until it was silent for so many seconds."""
+    watching = sniff(namespace, device)
+    watching.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
+    try:
+        yield lambda seconds: frames(watching, seconds)
+    finally:
+        watching.close()
+
+
 def words(done: "subprocess.CompletedProcess[str]") -> Sequence[str]:
     return (done.stdout + done.stderr).split()
+
+
+def site_of(world: World) -> Site:
+    """Return the shared part of the world's plan."""
+    return plan.site(next(iter(world.entries.values()))["net"])

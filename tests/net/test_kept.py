@@ -1,0 +1,197 @@
+"""Twice is once; what was cut off, flushed or removed is made again; deleting leaves nothing."""
+
+import json
+import os
+import subprocess
+from collections.abc import Callable
+
+import pytest
+
+from isochamber import paths
+from isochamber.build import registry
+from isochamber.errors import IsochamberError
+from isochamber.launch import pins
+from isochamber.net import firewall, links, names
+from isochamber.net.network import Network
+from tests.net import world as w
+from tests.net.world import World
+
+
+def _kernel(world: World) -> str:
+    """Return all that the kernel has for us, without counters and times."""
+    links_now = json.loads(subprocess.run(["ip", "-j", "-d", "addr"], check=True, capture_output=True).stdout)
+    kept = [(link["ifindex"], link["ifname"], link.get("ifalias"), link["address"]) for link in links_now]
+    rules = json.loads(w.nft("-j", "list", "ruleset"))["nftables"]
+    for item in rules:
+        for thing in item.values():
+            for key in ("handle", "used"):
+                thing.pop(key, None)
+    return json.dumps([sorted(kept), sorted(json.dumps(rule, sort_keys=True) for rule in rules)])
+
+
+def _reaches(world: World, name: str) -> bool:
+    return bool(world.inside(name, lambda: w.tcp(w.OUTSIDE4)).startswith("outside"))
+
+
+@pytest.fixture
+def two(world: World) -> World:
+    world.tenant("a", egress="all", ports=["8080:80"], peers=["b"], rate={"up": "1gbit"}, allowance={"bytes": "1G"})
+    world.tenant("b", egress=["198.51.100.0/24", "dns"], peers=["a"])
+    world.apply()
+    return world
+
+
+def test_applying_twice_changes_nothing(two: World) -> None:
+    before = _kernel(two)
+    two.apply()
+    assert _kernel(two) == before
+    with Network(two.state) as net:
+        assert net.repair() == []
+    assert _kernel(two) == before
+
+
+def test_deleting_a_tenant_removes_all_of_it_and_the_last_one_the_rest(two: World) -> None:
+    port, tid = two.member("a").port, two.entries["a"]["tid"]
+    two.remove("a")
+    left = _kernel(two)
+    for trace in (port, port.rpartition("-")[2] + '"', str(two.entries["b"]["net"]["bridge"]) + "-x"):
+        assert trace not in left
+    assert not os.path.exists(paths.network_file(tid, "network"))
+    assert two.differences() == {}
+    assert _reaches(two, "b")
+    two.remove("b")
+    assert "isochamber" not in w.nft("list", "ruleset")
+    assert "ic" + two.state.identifier[:7] not in _kernel(two)
+
+
+DAMAGE: dict[str, Callable[[World], object]] = {
+    "flushed nftables": lambda world: w.nft("flush", "ruleset"),
+    "a deleted table": lambda world: w.nft("delete", "table", "bridge", w.site_of(world).table),
+    "a flushed chain": lambda world: w.nft("flush", "chain", "inet", w.site_of(world).table, "from_tenant"),
+    "a rule of somebody's": lambda world: w.nft(
+        "insert", "rule", "inet", w.site_of(world).table, "from_tenant", "accept"
+    ),
+    "a tenant's flushed chain": lambda world: w.nft(
+        "flush", "chain", "inet", w.site_of(world).table, f"out-{world.member('a').number}"
+    ),
+    "a removed element": lambda world: w.nft(
+        "delete", "element", "inet", w.site_of(world).table, "out4", "{", str(world.member("a").ipv4), "}"
+    ),
+    "an element of somebody's": lambda world: w.nft(
+        "add", "element", "inet", w.site_of(world).table, "hairpin4", "{", "10.9.9.9 . 10.9.9.9", "}"
+    ),
+    "a removed link": lambda world: w.ip("link", "del", world.member("a").port),
+    "a link that is down": lambda world: w.ip("link", "set", world.member("a").port, "down"),
+    "a removed bridge": lambda world: w.ip("link", "del", world.entries["a"]["net"]["bridge"]),
+    "a link of nobody's": lambda world: w.ip(
+        "link", "add", f"{world.entries['a']['net']['bridge']}-9", "type", "veth", "peer", "name", "nobodys"
+    ),
+    "no forwarding": lambda world: subprocess.run(["sysctl", "-q", "net.ipv4.ip_forward=0"], check=True),
+    "a lost address inside": lambda world: world.inside(
+        "a", lambda: subprocess.run(["ip", "addr", "flush", "dev", "eth0"], check=True).returncode, powers=True
+    ),
+    "a lost namespace (a reboot)": lambda world: pins.remove(world.entries["a"]["tid"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_noticed_and_repaired(two: World, damage: str) -> None:
+    w.nft("add", "table", "inet", "somebodys")
+    DAMAGE[damage](two)
+    assert two.differences() != {}
+    with Network(two.state) as net:
+        assert net.repair() != []
+    assert two.differences() == {}
+    for name in ("a", "b"):
+        assert _reaches(two, name)
+    assert damage == "flushed nftables" or "somebodys" in w.nft("list", "tables")
+
+
+@pytest.mark.parametrize(
+    "damage", ["flushed nftables", "a removed link", "a removed bridge", "a lost namespace (a reboot)"]
+)
+def test_the_next_apply_of_a_tenant_repairs_it_too(two: World, damage: str) -> None:
+    DAMAGE[damage](two)
+    two.apply()
+    assert two.differences() == {}
+    assert _reaches(two, "a")
+
+
+STEPS = [
+    (firewall, "put"), (firewall, "rebuild"), (links, "ensure_bridge"), (links, "ensure_port"), (links, "finish_port"),
+    (links, "_fill"), (names, "write"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize(("module", "step"), STEPS, ids=[step for _, step in STEPS])
+def test_a_cut_at_any_step_is_repaired_by_the_next_apply(
+    world: World, monkeypatch: pytest.MonkeyPatch, module: object, step: str, after: bool
+) -> None:
+    class CutError(Exception):
+        """The power is gone."""
+
+    whole = getattr(module, step)
+
+    def cut(*words: object, **keywords: object) -> None:
+        if after:
+            whole(*words, **keywords)
+        raise CutError
+
+    world.tenant("a", egress="all")
+    if step == "put":
+        world.tenant("first")
+        world.apply("first")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, step, cut)
+        with pytest.raises(CutError):
+            world.apply("a")
+    # No link without its rules: whatever was made, nothing passes that was not granted.
+    world.apply()
+    assert world.differences() == {}
+    assert _reaches(world, "a")
+
+
+def test_a_subnet_that_the_host_has_a_route_to_is_one_line_that_names_both(world: World) -> None:
+    w.ip("route", "add", "10.77.3.0/24", "via", w.OUTSIDE4)
+    world.tenant("a")
+    with pytest.raises(
+        IsochamberError, match=r"10\.77\.0\.0/16 collide with the host's route to 10\.77\.3\.0/24 by up0"
+    ):
+        world.apply()
+    assert "isochamber" not in w.nft("list", "tables")
+
+
+def test_the_same_name_keeps_its_addresses_through_a_lost_containers_json_and_a_reboot(two: World) -> None:
+    before = two.member("a")
+    entry = two.entries["a"]
+    registry.remove(two.state, entry["tid"])
+    pins.remove(entry["tid"])
+    two.tenant("a", egress="all")
+    two.apply()
+    after = two.member("a")
+    assert (before.ipv4, before.ipv6, before.mac, before.port) == (after.ipv4, after.ipv6, after.mac, after.port)
+
+
+def test_two_hosts_interfaces_that_nobody_forwarded_between_stay_apart(world: World) -> None:
+    other = w.new_namespace()
+    w.ip("link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
+    w.ip("link", "set", "lan1", "netns", f"/proc/{os.getpid()}/fd/{other}")
+    w.ip("addr", "add", "192.0.2.1/24", "dev", "lan0")
+    w.ip("link", "set", "lan0", "up")
+    w.ip("addr", "add", "192.0.2.2/24", "dev", "lan1", namespace=other)
+    w.ip("link", "set", "lan1", "up", namespace=other)
+    w.ip("route", "add", "default", "via", "192.0.2.1", namespace=other)
+    w.ip("route", "add", "192.0.2.0/24", "via", w.HOST4, namespace=world.outside)
+    assert w.run_in(other, None, lambda: w.tcp(w.OUTSIDE4, wait=w.SILENCE)) in (
+        "silence",
+        "EHOSTUNREACH",
+        "ENETUNREACH",
+    )
+    world.tenant("a", egress="all")
+    world.apply()
+    assert _reaches(world, "a")
+    assert w.run_in(other, None, lambda: w.tcp(w.OUTSIDE4, wait=w.SILENCE)) == "silence"
+    w.nft("flush", "set", "inet", w.site_of(world).table, "between")  # the control
+    assert w.run_in(other, None, lambda: w.tcp(w.OUTSIDE4)).startswith("outside")
+    os.close(other)
