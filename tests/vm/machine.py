@@ -77,7 +77,7 @@ class Machine:
             f"isochamber.data={self.data_options} {self.command_line}"
         )
         return [
-            QEMU, "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(self.cpus), "-m", self.memory,
+            QEMU, "-accel", "tcg,thread=multi", "-cpu", "Nehalem,+rdrand", "-smp", str(self.cpus), "-m", self.memory,
             "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
             "-kernel", str(self.parts.image), "-initrd", str(self.parts.initrd), "-append", kernel_words,
             "-serial", f"file:{self.directory}/console",

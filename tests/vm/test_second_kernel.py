@@ -79,7 +79,15 @@ def test_hello_is_built_and_run_there(machine: Machine) -> None:
 @pytest.mark.vm
 @pytest.mark.timeout(1200)
 def test_chosen_tests_of_the_suite_pass_there(machine: Machine, capsys: pytest.CaptureFixture[str]) -> None:
-    assert passed(suite(machine, "-m", "guest", *selection.chosen(), timeout=900), capsys) >= 30
+    assert (
+        passed(
+            suite(
+                machine, "-p", "no:hypothesispytest", "--durations=15", "-m", "guest", *selection.chosen(), timeout=900
+            ),
+            capsys,
+        )
+        >= 30
+    )
 
 
 @pytest.mark.vm_all
