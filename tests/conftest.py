@@ -71,11 +71,13 @@ def scratch() -> Iterator[Path]:
 def master_root(scratch: Path) -> Path:
     """A state directory in which the project's own code built the base "default", once a test run.
 
-    ``$ISOCHAMBER_TEST_MASTER`` names one that was built elsewhere: a virtual machine gets it on a disk.
+    ``$ISOCHAMBER_TEST_MASTER`` names one that outlives the run: a developer's, or one that a virtual machine got
+    on a disk.
     """
-    if "ISOCHAMBER_TEST_MASTER" in os.environ:
-        return Path(os.environ["ISOCHAMBER_TEST_MASTER"])
-    root = scratch / "master"
+    kept = os.environ.get("ISOCHAMBER_TEST_MASTER")
+    root = Path(kept) if kept else scratch / "master"
+    if list(root.glob("base_fs/*/manifest.json")):
+        return root
     tenants = scratch / "master.yaml"
     tenants.write_text(MINIMAL.format(root=root))
     done = run(
