@@ -1,13 +1,11 @@
 """The harness itself: what a power cut keeps, and what a failure shows."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.vm import image
 from tests.vm.kernel import early_modules
-from tests.vm.machine import Machine, MachineError, Parts
+from tests.vm.machine import Machine, MachineError
 
 
 @pytest.mark.vm
