@@ -1,7 +1,7 @@
 """/home: progs/ and what the install script left there, deployed by manifest, never over what the tenant made.
 
-The manifest beside /home lists what we deployed. A file there that is not what we
-deployed is the tenant's, and stays. The tenant may be running, and may be swapping
+The manifest beside /home lists what we deployed, and what we were about to when a cut
+came. A file there that is neither is the tenant's, and stays. The tenant may be running, and may be swapping
 directories for symlinks while we work: every path is opened below /home's own
 descriptor without following any link, and a file arrives by rename.
 """
@@ -32,7 +32,7 @@ LINK = "-> "  # a symlink that an install script left: the rest is its target
 REMOVED = "home_removed"  # keys of a layer's manifest.extra
 LEFT = "home"
 
-Deployed = dict[str, list[str]]  # path -> digests that are ours; the last is the newest
+Ours = dict[str, list[str]]  # path -> digests that may be there and are ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +63,44 @@ def _manifest_path(state: State, tid: str) -> Path:
     return state.tenant_persist(tid) / _MANIFEST
 
 
-def _read_manifest(state: State, tid: str) -> tuple[str | None, Deployed]:
-    """Return the digest of what was deployed whole, and the files; a missing or damaged manifest knows nothing."""
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """The manifest: what is wanted was deployed whole, or (``desired`` None) is still on its way."""
+
+    desired: str | None
+    deployed: Mapping[str, str]  # path -> digest: it was there; where nothing is now, the tenant removed it
+    unsure: Ours  # what a cut deployment was about to place, replace or remove
+
+
+def _read_record(state: State, tid: str) -> _Record:
+    """Return the record; a missing or damaged one knows nothing."""
     try:
         raw = json.loads(_manifest_path(state, tid).read_text())
-        return raw["desired"], {path: list(digests) for path, digests in raw["deployed"].items()}
+        unsure = {path: [str(digest) for digest in digests] for path, digests in raw["unsure"].items()}
+        return _Record(raw["desired"], {path: str(digest) for path, digest in raw["deployed"].items()}, unsure)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None, {}
+        return _Record(None, {}, {})
 
 
-def _write_manifest(state: State, tid: str, done: str | None, deployed: Mapping[str, list[str]]) -> None:
-    content = {"desired": done, "deployed": deployed}
+def _write_record(state: State, tid: str, record: _Record) -> None:
+    content = {"desired": record.desired, "deployed": dict(record.deployed), "unsure": record.unsure}
     durable.write_file(_manifest_path(state, tid), json.dumps(content, indent=1, sort_keys=True).encode())
+
+
+def _on_its_way(record: _Record, wanted: Desired) -> _Record:
+    """Return the record to write before the first change: what does not change, and all that may be ours elsewhere."""
+    same = {path: digest for path, digest in record.deployed.items() if wanted.files.get(path) == digest}
+    unsure: Ours = {path: list(digests) for path, digests in record.unsure.items()}
+    for files in (record.deployed, wanted.files):
+        for path, digest in files.items():
+            if path not in same and digest not in unsure.setdefault(path, []):
+                unsure[path].append(digest)
+    return _Record(None, same, unsure)
 
 
 def current(state: State, tid: str, wanted: Desired) -> bool:
     """Say whether ``wanted`` was deployed whole; /home itself is the tenant's and is not looked at."""
-    return _read_manifest(state, tid)[0] == wanted.digest()
+    return _read_record(state, tid).desired == wanted.digest()
 
 
 def deploy(state: State, tenant: Tenant, tid: str, wanted: Desired, reporter: Reporter) -> None:
@@ -90,16 +111,11 @@ def deploy(state: State, tenant: Tenant, tid: str, wanted: Desired, reporter: Re
     """
     with locks.product_lock(state, f"tenant-{tid}", reporter.say):
         try:
-            _, deployed = _read_manifest(state, tid)
-            ours = {path: [*digests[-1:]] for path, digests in deployed.items()}
-            for path, digest in wanted.files.items():
-                known = ours.setdefault(path, [])
-                if digest not in known:
-                    known.append(digest)
-            _write_manifest(state, tid, None, ours)
-            with _Deployment(state, tenant, tid, wanted, deployed, reporter) as deployment:
-                deployment.run(ours)
-            _write_manifest(state, tid, wanted.digest(), {path: [digest] for path, digest in wanted.files.items()})
+            record = _on_its_way(_read_record(state, tid), wanted)
+            _write_record(state, tid, record)
+            with _Deployment(state, tenant, tid, wanted, record, reporter) as deployment:
+                deployment.run()
+            _write_record(state, tid, _Record(wanted.digest(), wanted.files, {}))
         except OSError as error:
             raise IsochamberError.from_os(error, stage="home", tenant=tenant.name) from error
 
@@ -108,9 +124,9 @@ class _Deployment:
     """One deployment: /home, the staging directory, and what is known of both."""
 
     def __init__(
-        self, state: State, tenant: Tenant, tid: str, wanted: Desired, former: Deployed, reporter: Reporter
+        self, state: State, tenant: Tenant, tid: str, wanted: Desired, record: _Record, reporter: Reporter
     ) -> None:
-        self._tenant, self._wanted, self._former, self._reporter = tenant, wanted, former, reporter
+        self._tenant, self._wanted, self._record, self._reporter = tenant, wanted, record, reporter
         self._layer_home = state.layer(wanted.layer) / paths.LAYER_HOME if wanted.layer else None
         self._progs = {prog.path: prog for prog in tenant.package.progs}
         self._home = os.open(state.tenant_persist(tid) / identity.HOME, tree.DIRECTORY)
@@ -124,16 +140,21 @@ class _Deployment:
         os.close(self._home)
         self._stage_context.__exit__(None, None, None)
 
-    def run(self, ours: Mapping[str, list[str]]) -> None:
-        """Place what is wanted, remove what no longer is, sync."""
-        for path in sorted(self._wanted.files):
-            digest = self._wanted.files[path]
-            if digest == contents.DIRECTORY:
+    def run(self) -> None:
+        """Remove what is no longer wanted, or wanted as another kind; place what is; sync."""
+        wanted = self._wanted.files
+        for path, ours in sorted(self._record.unsure.items(), reverse=True):
+            is_directory = wanted.get(path) == contents.DIRECTORY
+            unwanted = [digest for digest in ours if (digest == contents.DIRECTORY) != is_directory]
+            if path not in wanted:
+                self._withdraw(path, ours)
+            elif unwanted:
+                self._withdraw(path, unwanted)
+        for path in sorted(wanted):
+            if wanted[path] == contents.DIRECTORY:
                 self._place_directory(path)
             else:
-                self._place_file(path, digest, ours.get(path, []))
-        for path in sorted(set(self._former) - set(self._wanted.files), reverse=True):
-            self._withdraw(path, self._former[path])
+                self._place_file(path, wanted[path], self._record.unsure.get(path, [wanted[path]]))
         syscalls.syncfs(self._home)
 
     def _note(self, path: str, what: str) -> None:
@@ -157,6 +178,9 @@ class _Deployment:
         parent, name = found
         try:
             os.mkdir(name, 0o755, dir_fd=parent)
+            made = os.open(name, tree.DIRECTORY, dir_fd=parent)
+            os.fchmod(made, 0o755)  # whatever the umask
+            os.close(made)
         except FileExistsError:
             if not stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode):
                 self._note(path, "the tenant has something else there, it stays")
@@ -171,20 +195,27 @@ class _Deployment:
         parent, name = found
         try:
             there = self._what_is(path)
-            if there is None and self._former.get(path, [None])[-1] == digest:
+            if there is None and path in self._record.deployed:
                 return  # deployed before, and the tenant removed it
             if there is not None and _plain(there) == _plain(digest):
                 return
-            if there is not None and _plain(there) not in map(_plain, ours):
+            if there is not None and (there == contents.DIRECTORY or _plain(there) not in map(_plain, ours)):
                 self._note(path, "changed by the tenant, it stays")
                 return
             staged = self._bring(path, digest)
-            os.rename(staged, name, dst_dir_fd=parent)
+            if there is not None:
+                os.rename(staged, name, dst_dir_fd=parent)
+                return
+            try:
+                os.link(staged, name, dst_dir_fd=parent, follow_symlinks=False)
+            except FileExistsError:
+                self._note(path, "the tenant was quicker, its own stays")
+            staged.unlink()
         finally:
             os.close(parent)
 
     def _what_is(self, path: str) -> str | None:
-        """Return the digest of the regular file at ``path``, "other" for anything else, None for nothing."""
+        """Return the digest of what is at ``path``: DIRECTORY, "other" for no file nor link, None for nothing."""
         try:
             descriptor = self._open(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -193,6 +224,8 @@ class _Deployment:
             return self._link_at(path) or "other"  # "other": a socket, a FIFO that nobody writes
         try:
             status = os.fstat(descriptor)
+            if stat.S_ISDIR(status.st_mode):
+                return contents.DIRECTORY
             if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
                 return "other"
             return contents.digest_with_mode(manifest.hash_descriptor(descriptor), status.st_mode)
@@ -252,11 +285,10 @@ class _Deployment:
             return
         parent, name = found
         try:
-            if ours[-1:] == [contents.DIRECTORY]:
-                os.rmdir(name, dir_fd=parent)
-                return
             there = self._what_is(path)
-            if there is not None and _plain(there) in map(_plain, ours):
+            if there == contents.DIRECTORY and contents.DIRECTORY in ours:
+                os.rmdir(name, dir_fd=parent)
+            elif there is not None and _plain(there) in map(_plain, ours):
                 os.unlink(name, dir_fd=parent)
             elif there is not None:
                 self._note(path, "left progs/, but the tenant changed it: it stays")
