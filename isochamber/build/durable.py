@@ -119,9 +119,6 @@ def remove_tree(path: Path) -> None:
     doomed.rmdir()
 
 
-def remove_stale_stages(directory: Path) -> tuple[str, ...]:
-    """Remove what a killed build left below ``directory``; returns the names. The caller holds the lock."""
-    stale = tuple(entry.name for entry in os.scandir(directory) if entry.name.startswith(_STAGE_PREFIX))
-    for name in stale:
-        remove_tree(directory / name)
-    return stale
+def stale_stages(directory: Path) -> list[str]:
+    """Return the names of what a killed build or removal left in ``directory``."""
+    return sorted(name for name in os.listdir(directory) if name.startswith(_STAGE_PREFIX))

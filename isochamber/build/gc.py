@@ -1,5 +1,6 @@
 """Removing: one tenant with all it has, and everything that nothing refers to. Each step may be cut and done again."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,10 @@ from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import pins, records
 from isochamber.launch import stop as stopping
+from isochamber.spec import package as packages
 from isochamber.spec.model import Spec
+
+_TID = re.compile(r"[0-9a-f]{32}")
 
 Removed = tuple[str, str, int]  # kind, name, bytes
 
@@ -39,14 +43,13 @@ def _known_tid(state: State, tenant: str) -> str | None:
     """Return the tid of a tenant that has directories and no entry."""
     if state.namespace is None:
         return None
-    for tid in (state.tid(tenant), tenant):
-        if (
-            "/" not in tid
-            and tid not in ("", ".", "..")
-            and (state.tenant_fs(tid).is_dir() or state.tenant_persist(tid).is_dir())
-        ):
-            return tid
-    return None
+    if packages.is_name(tenant):
+        tid = state.tid(tenant)
+    elif _TID.fullmatch(tenant):
+        tid = tenant
+    else:
+        return None
+    return tid if state.tenant_fs(tid).is_dir() or state.tenant_persist(tid).is_dir() else None
 
 
 def _remove_tenant(state: State, tid: str) -> None:
@@ -68,8 +71,9 @@ def prune(state: State, spec: Spec, reporter: Reporter) -> list[Removed]:
         return []
     removed: list[Removed] = []
     try:
-        with locks.product_lock(state, "build", reporter.say):
+        with locks.nobody_builds(state, reporter.say):
             removed += _prune_orphans(state, spec)
+            removed += _prune_remains(state)
             removed += _prune_products(state)
             removed += _prune_filters(state)
             removed += _prune_directory(state, "staging", state.staging)
@@ -85,7 +89,7 @@ def _prune_orphans(state: State, spec: Spec) -> Iterator[Removed]:
         path.name
         for directory in (paths.TENANTS_FS, paths.TENANTS_PERSIST)
         for path in (state.root / directory).iterdir()
-        if len(path.name) == 32
+        if _TID.fullmatch(path.name)
     }
     for tid in sorted((found | set(registry.read(state))) - wanted):
         if records.held(tid):
@@ -95,6 +99,23 @@ def _prune_orphans(state: State, spec: Spec) -> Iterator[Removed]:
         registry.remove(state, tid)
         _remove_tenant(state, tid)
         yield "tenant", name, size
+
+
+def _prune_remains(state: State) -> Iterator[Removed]:
+    """Remove what a removal that was cut had renamed already, beside tenants and in them."""
+    for directory in (paths.TENANTS_FS, paths.TENANTS_PERSIST):
+        top = state.root / directory
+        yield from _remove_stages(state, top)
+        for path in sorted(top.iterdir()):
+            if _TID.fullmatch(path.name):
+                yield from _remove_stages(state, path)
+
+
+def _remove_stages(state: State, directory: Path) -> Iterator[Removed]:
+    for name in durable.stale_stages(directory):
+        size = tree.size_of(directory / name)
+        durable.remove_tree(directory / name)
+        yield "remains", state.relative(directory / name), size
 
 
 def _name_of(state: State, tid: str) -> str:

@@ -30,8 +30,9 @@ class Inputs:
 
     def digest(self) -> str:
         """Return ``DIGEST_HEX`` hex digits of SHA-256 over an unambiguous encoding of the list."""
-        text = json.dumps(self.items, ensure_ascii=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()[:DIGEST_HEX]
+        text = json.dumps(self.items, ensure_ascii=False, separators=(",", ":"))
+        # Not as escapes: two half characters (names that are not UTF-8) would read as one whole.
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:DIGEST_HEX]
 
     def changed_from(self, former: "Inputs") -> tuple[str, ...]:
         """Say what differs, one phrase an input: ``X changed``, ``X is new``, ``X is gone``."""

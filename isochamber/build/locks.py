@@ -10,16 +10,33 @@ from isochamber import paths
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 
+_BUILDS = "builds"
+
 
 @contextlib.contextmanager
-def product_lock(state: State, product: str, say: Callable[[str], None]) -> Iterator[None]:
+def building(state: State, say: Callable[[str], None]) -> Iterator[None]:
+    """Hold, together with any other builder, what :func:`nobody_builds` waits for."""
+    with product_lock(state, _BUILDS, say, shared=True):
+        yield
+
+
+@contextlib.contextmanager
+def nobody_builds(state: State, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until nobody builds in this state directory, and keep it so for the block."""
+    with product_lock(state, _BUILDS, say):
+        yield
+
+
+@contextlib.contextmanager
+def product_lock(state: State, product: str, say: Callable[[str], None], *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of ``product`` (``layer-<recipe>``, ``containers``) for the block; flock(2), so death frees it.
 
     When another process holds it, ``say`` is called once with what is waited for
     and who has it, then the call waits. The file stays: removing it would let two
-    processes lock two files of one name.
+    processes lock two files of one name. With ``shared`` several hold it at once.
     """
     path = Path(paths.product_lock(state.identifier, product))
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -27,11 +44,11 @@ def product_lock(state: State, product: str, say: Callable[[str], None]) -> Iter
         raise IsochamberError.from_os(error, stage="lock", hint="run as root, or set ISOCHAMBER_RUN") from error
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
             say(f"waiting for {product}, which process {holder or '?'} is building")
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, kind)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield

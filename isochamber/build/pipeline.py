@@ -8,7 +8,7 @@ cache/), every ``make_*`` does the work and may be called again.
 from collections.abc import Mapping
 from pathlib import Path
 
-from isochamber.build import base, contents, entry, filters, home, identity, layer, registry
+from isochamber.build import base, contents, entry, filters, home, identity, layer, locks, registry
 from isochamber.build.identity import Identity
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
@@ -60,7 +60,8 @@ class Pipeline:
     def make_base(self, name: str) -> None:
         """Build it; raises IsochamberError (stage "base")."""
         self.state.create()
-        base.build(self.state, self.spec.bases[name], self._file_digest, self.reporter)
+        with locks.building(self.state, self.reporter.say):
+            base.build(self.state, self.spec.bases[name], self._file_digest, self.reporter)
 
     # dirs
 
@@ -71,7 +72,8 @@ class Pipeline:
     def make_dirs(self, name: str) -> None:
         """Give the tenant a tid, a uid range and its directories; raises IsochamberError (stage "dirs")."""
         self.state.create()
-        identity.ensure(self.state, name)
+        with locks.building(self.state, self.reporter.say):
+            identity.ensure(self.state, name)
 
     def _require_identity(self, name: str) -> Identity:
         found = self.identity_of(name)
@@ -95,15 +97,16 @@ class Pipeline:
     def make_layer(self, name: str) -> None:
         """Run the install script in its sandbox and seal what it added; raises IsochamberError (stage "layer")."""
         tenant = self.tenant(name)
-        layer.build(
-            self.state,
-            tenant,
-            self.base_product(tenant.base),
-            self.contents_of(tenant.package),
-            self._require_identity(name),
-            self.reporter,
-            former_product=self._former_layer(name),
-        )
+        with locks.building(self.state, self.reporter.say):
+            layer.build(
+                self.state,
+                tenant,
+                self.base_product(tenant.base),
+                self.contents_of(tenant.package),
+                self._require_identity(name),
+                self.reporter,
+                former_product=self._former_layer(name),
+            )
 
     def _former_layer(self, name: str) -> str | None:
         found = self.identity_of(name)
@@ -125,10 +128,14 @@ class Pipeline:
 
     def make_home(self, name: str) -> None:
         """Deploy progs/ and the layer's /home by manifest; raises IsochamberError (stage "home")."""
-        wanted = self._desired_home(name)
-        if wanted is None:
-            raise IsochamberError("its layer is missing", stage="home", tenant=name, hint=f"doit install_deps:{name}")
-        home.deploy(self.state, self.tenant(name), self._require_identity(name).tid, wanted, self.reporter)
+        tid = self._require_identity(name).tid
+        with locks.building(self.state, self.reporter.say):
+            wanted = self._desired_home(name)
+            if wanted is None:
+                raise IsochamberError(
+                    "its layer is missing", stage="home", tenant=name, hint=f"doit install_deps:{name}"
+                )
+            home.deploy(self.state, self.tenant(name), tid, wanted, self.reporter)
 
     # filters, a part of configure: they take milliseconds, and every tenant without grants shares its own
 
@@ -161,8 +168,10 @@ class Pipeline:
 
     def configure(self, name: str) -> None:
         """Write the entry, with a fresh upper when the lowers changed; raises IsochamberError (stage "configure")."""
-        wanted = self.wanted_entry(name)
-        if wanted is None:
-            raise IsochamberError("its base, layer or directories are missing", stage="configure", tenant=name)
-        self.filters_of(name).ensure(self.state)
-        entry.put(self.state, wanted, self.reporter)
+        self._require_identity(name)
+        with locks.building(self.state, self.reporter.say):
+            wanted = self.wanted_entry(name)
+            if wanted is None:
+                raise IsochamberError("its base, layer or directories are missing", stage="configure", tenant=name)
+            self.filters_of(name).ensure(self.state)
+            entry.put(self.state, wanted, self.reporter)

@@ -1,0 +1,223 @@
+"""Deleting and pruning: everything of it, nothing beside it, through no link, however deep the tree."""
+
+import os
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from isochamber.build import durable, gc, identity, locks, registry, tree
+from isochamber.build.state import State
+from isochamber.errors import IsochamberError
+from isochamber.spec.model import Spec
+from tests.build.products import Lines, eventually
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> State:
+    made = State(tmp_path / "state")
+    made.create()
+    return made
+
+
+@pytest.fixture
+def outside(tmp_path: Path) -> Path:
+    """What must not be touched."""
+    made = tmp_path / "outside"
+    made.mkdir()
+    (made / "canary").write_text("alive")
+    return made
+
+
+def _spec(state: State, *names: str) -> Spec:
+    return Spec(Path("/tenants.yaml"), state.root, {}, dict.fromkeys(names))  # type: ignore[arg-type] # names only
+
+
+def _tenant(state: State, name: str, *lowers: str) -> identity.Identity:
+    who = identity.ensure(state, name)
+    registry.put(
+        state,
+        {
+            "tid": who.tid,
+            "name": name,
+            "version": 1,
+            "uid_base": who.uid_base,
+            "uid_count": 65536,
+            "lowers": list(lowers),
+        },
+    )
+    return who
+
+
+def _product(state: State, kind: str, name: str, *, complete: bool = True) -> str:
+    directory = state.root / kind / name
+    (directory / "rootfs").mkdir(parents=True)
+    (directory / "rootfs/file").write_text("x" * 10_000)
+    if complete:
+        (directory / "manifest.json").write_text("{}")
+    return f"{kind}/{name}/rootfs"
+
+
+def make_deep(directory: Path, depth: int, name: str = "d" * 200) -> None:
+    """Make a tree that no path can name (PATH_MAX is 4,096) and no recursion can walk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=descriptor)
+        with open(os.open("file", os.O_CREAT | os.O_WRONLY, dir_fd=descriptor), "w"):
+            pass
+        below = os.open(name, os.O_RDONLY, dir_fd=descriptor)
+        os.close(descriptor)
+        descriptor = below
+    os.close(descriptor)
+
+
+def _fill_with_hostility(directory: Path, outside: Path) -> None:
+    """What a tenant leaves so that its removal fails or removes something else."""
+    make_deep(directory, 1_500)
+    wide = directory / "wide"
+    wide.mkdir()
+    for number in range(500):
+        (wide / f"{number}").mkdir()
+    (directory / "to-directory").symlink_to(outside)
+    (directory / "to-file").symlink_to(outside / "canary")
+    (directory / "to-root").symlink_to("/")
+    (directory / "dangling").symlink_to("nowhere")
+    os.link(outside / "canary", directory / "hard")
+    os.mkfifo(directory / "fifo")
+    os.mknod(directory / "null", 0o020666, os.makedev(1, 3))
+    locked = directory / "locked"
+    locked.mkdir()
+    (locked / "inside").write_text("")
+    locked.chmod(0)
+    for name in (b"\xff\xfe", b"a\nb", b"-rf", b"\x1b[2J", b"x" * 255):
+        with open(os.path.join(os.fsencode(directory), name), "w"):
+            pass
+
+
+def test_delete_removes_a_hostile_tenant_whole_and_nothing_through_its_links(state: State, outside: Path) -> None:
+    base = _product(state, "base_fs", "default-1")
+    who, spared = _tenant(state, "doomed", base), _tenant(state, "spared", base)
+    for directory in (state.tenant_fs(who.tid) / "upper", state.tenant_persist(who.tid) / "home"):
+        _fill_with_hostility(directory, outside)
+    before = len(os.listdir("/proc/self/fd"))
+    gc.delete(state, "doomed", Lines())
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert sorted(path.name for path in outside.iterdir()) == ["canary"]
+    assert (outside / "canary").read_text() == "alive"
+    assert (outside / "canary").stat().st_nlink == 1
+    assert not [path for path in state.root.rglob("*") if who.tid in path.name or path.name.startswith(".tmp")]
+    assert identity.find(state, "spared") == spared
+    assert list(registry.read(state)) == [spared.tid]
+
+
+def test_the_usual_way_fails_on_such_a_tree(state: State, outside: Path) -> None:
+    """The control: the standard library can't remove it."""
+    directory = outside / "deep"
+    directory.mkdir()
+    make_deep(directory, 1_500)
+    with pytest.raises((RecursionError, OSError)):
+        shutil.rmtree(directory)
+    durable.remove_tree(directory)
+    assert sorted(path.name for path in outside.iterdir()) == ["canary"]
+
+
+@pytest.mark.parametrize(
+    "name", ["nobody", "", ".", "..", "../..", "a/b", "x" * 5000, "a\0b", "\ud800", "home", "\x1b[2J"]
+)
+def test_deleting_what_is_no_tenant_is_one_line(state: State, name: str) -> None:
+    who = _tenant(state, "one")
+    before = sorted(path.name for path in state.root.rglob("*"))
+    with pytest.raises(IsochamberError, match="there is no such tenant") as caught:
+        gc.delete(state, name, Lines())
+    assert "\x1b" not in caught.value.line()
+    assert sorted(path.name for path in state.root.rglob("*")) == before
+    assert list(registry.read(state)) == [who.tid]
+
+
+@pytest.mark.parametrize("by", ["name", "tid"])
+def test_a_tenant_without_an_entry_can_be_deleted_by_name_and_by_tid(state: State, by: str) -> None:
+    who = identity.ensure(state, "one")
+    gc.delete(state, who.tid if by == "tid" else "one", Lines())
+    assert identity.find(state, "one") is None
+    assert not list((state.root / "tenants_fs").iterdir())
+    assert not list((state.root / "tenants_persist").iterdir())
+
+
+def test_a_cut_in_the_middle_of_a_deletion_is_finished_by_prune(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After each directory that it removes; nothing of it is left under any name."""
+    real = tree.remove_contents
+    cuts = 0
+    done = False
+    while not done:
+        who = _tenant(state, "doomed")
+        make_deep(state.tenant_fs(who.tid) / "upper", 3)
+        calls = [0]
+
+        def cut(root: int, calls: list[int] = calls, after: int = cuts) -> None:
+            if calls[0] == after:
+                raise KeyboardInterrupt
+            calls[0] += 1
+            real(root)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tree, "remove_contents", cut)
+            try:
+                gc.delete(state, "doomed", Lines())
+                done = True
+            except KeyboardInterrupt:
+                cuts += 1
+        gc.prune(state, _spec(state), Lines())
+        left = [path for path in state.root.rglob("*") if who.tid in path.name or path.name.startswith(".tmp")]
+        assert not left, f"after {cuts} steps"
+    assert cuts == 2, "there was nothing to cut"
+
+
+def test_prune_keeps_what_a_tenant_stands_on_and_removes_the_rest_with_its_size(state: State, outside: Path) -> None:
+    used = [_product(state, "layers", "used-1"), _product(state, "base_fs", "default-1")]
+    _product(state, "layers", "unused-1")
+    _product(state, "base_fs", "old-1")
+    _product(state, "base_fs", "half-1", complete=False)
+    _fill_with_hostility(state.root / "layers/unused-1/rootfs", outside)
+    kept, gone = _tenant(state, "kept", *used), _tenant(state, "gone", "layers/unused-1/rootfs", used[1])
+    (state.staging / ".tmp-half").mkdir()
+    (state.root / "cache/old").write_text("x" * 5000)
+    (state.root / "cache/link").symlink_to(outside)
+    leftover = state.tenant_fs(kept.tid) / ".tmp-0123"
+    leftover.mkdir()
+    removed = gc.prune(state, _spec(state, "kept"), Lines())
+    assert {(kind, name) for kind, name, _ in removed} == {
+        ("tenant", "gone"), ("layer", "unused-1"), ("base", "old-1"), ("remains", "half-1"),
+        ("remains", f"tenants_fs/{kept.tid}/.tmp-0123"),
+        ("staging", "staging/.tmp-half"), ("cache", "cache/old"), ("cache", "cache/link"),
+    }  # fmt: skip
+    sizes = {name: size for _, name, size in removed}
+    assert sizes["old-1"] >= 10_000
+    assert sizes["cache/old"] == 5000
+    assert all((state.root / lower / "file").exists() for lower in used)
+    assert identity.find(state, "kept") == kept
+    assert identity.find(state, "gone") is None
+    assert gone.tid not in registry.read(state)
+    assert (outside / "canary").read_text() == "alive"
+    assert gc.prune(state, _spec(state, "kept"), Lines()) == []
+
+
+def test_prune_of_a_state_directory_that_is_not_there_makes_nothing(tmp_path: Path) -> None:
+    state = State(tmp_path / "nothing")
+    assert gc.prune(state, _spec(state), Lines()) == []
+    assert not state.root.exists()
+
+
+def test_prune_waits_until_nobody_builds_and_builders_do_not_wait_for_each_other(state: State) -> None:
+    _product(state, "layers", "just-built")
+    lines = Lines()
+    with locks.building(state, lines.say):
+        with locks.building(state, lines.say):
+            assert lines.said == []
+        pruning = threading.Thread(target=gc.prune, args=(state, _spec(state), lines))
+        pruning.start()
+        assert eventually(lambda: bool(lines.said)), "prune did not say that it waits"
+        assert "waiting for builds" in lines.said[0]
+        assert (state.root / "layers/just-built").exists()
+    pruning.join(60)
+    assert not (state.root / "layers/just-built").exists()
