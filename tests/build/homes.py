@@ -14,7 +14,7 @@ from isochamber.build import contents, identity
 from isochamber.build import home as deployment
 from isochamber.build.state import State
 from isochamber.spec import package
-from isochamber.spec.model import Limits, Tenant
+from isochamber.spec.model import Limits, Network, Tenant
 from tests.build.products import Lines
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
@@ -68,7 +68,7 @@ class House:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(package, "_TICK", 0)  # nobody races the package here
             read = package.read(self.directory / "package")
-        return Tenant("probe", "default", read, None, "none", Limits(1 << 20, 1 << 20, 64, 60), {})
+        return Tenant("probe", "default", read, None, Network(), Limits(1 << 20, 1 << 20, 64, 60), {})
 
     def wanted(self, tenant: Tenant) -> deployment.Desired:
         return deployment.desired(self.state, contents.digests(self.state, tenant.package), None)
