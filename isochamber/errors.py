@@ -30,8 +30,11 @@ def printable(text: object) -> str:
     become ``\xNN`` or ``\uNNNN``. Names and output of tenants pass through here
     before they reach the operator's terminal.
     """
+    whole = str(text)
+    if whole.isascii() and whole.isprintable():
+        return whole  # nearly every line of a log: an install script may flood us with them
     out = []
-    for char in str(text):
+    for char in whole:
         code = ord(char)
         if 0xDC80 <= code <= 0xDCFF:
             out.append(f"\\x{code - 0xDC00:02x}")

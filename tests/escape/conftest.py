@@ -1,0 +1,37 @@
+"""The worlds of the escape suite, and its summary at the end of the run."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.escape import table
+from tests.escape.attempts import Outcome
+from tests.escape.worlds import Worlds, compile_probe
+
+OUTCOMES: dict[str, tuple[Outcome, str]] = {}  # attempt -> what became of it, and its word
+
+
+@pytest.fixture(scope="session")
+def worlds(make_root: Callable[[], Path], scratch: Path) -> Iterator[Worlds]:
+    """A state directory with a base, the compiled probe, and a host to be harmed."""
+    root = make_root()
+    (root / "layers").mkdir(exist_ok=True)
+    (product,) = (root / "base_fs").iterdir()
+    made = Worlds(root, f"base_fs/{product.name}/rootfs", compile_probe(scratch), scratch, table.ATTEMPTS)
+    yield made
+    made.close()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many attempts had which outcome, and what was not testable here."""
+    if not OUTCOMES:
+        return
+    counts = Counter(outcome for outcome, _ in OUTCOMES.values())
+    terminalreporter.section("escape attempts")
+    for outcome in Outcome:
+        terminalreporter.write_line(f"{outcome:12} {counts[outcome]:4}")
+    reasons = Counter(word for outcome, word in OUTCOMES.values() if outcome is Outcome.NOT_TESTABLE)
+    for reason, count in sorted(reasons.items()):
+        terminalreporter.write_line(f"not testable here, {count}: {reason}")
