@@ -60,6 +60,10 @@ LOOKING = "verify.inside = lambda *rest: None\n"
 
 # The view.
 FRESH_DEV = Guard("a /dev of its own", "devices.make = lambda *rest: None\nmasking.apply = lambda root: None\n")
+DEVICES = Guard(
+    "a device control group",
+    "from isochamber.launch import devicegroup\ndevicegroup.apply = lambda groups, allowed: None\n",
+)
 NO_DEVICES = Guard(
     "no devices in its root (nodev)",
     "mounts._NO_PRIVILEGES &= ~syscalls.MS_NODEV\nmounts._DATA_ONLY &= ~syscalls.MS_NODEV\n",

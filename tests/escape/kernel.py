@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterator
 
 from tests.escape.attempts import Attempt, Guard
-from tests.escape.guards import CGROUPS, FILTER, PIDS, RIGHTS
+from tests.escape.guards import CGROUPS, DEVICES, FILTER, PIDS, RIGHTS
 from tests.escape.worlds import scripted
 
 BOTH = (FILTER, RIGHTS)
@@ -110,10 +110,10 @@ _CALLS: tuple[tuple[str, str, tuple[Guard, ...], int | None, bool, str], ...] = 
     ("R09", "a realtime class of disk access", ONE_RIGHTS, 289, False, "ioprio_set 1 0 0x2000"),
     ("F11", "chroot", ONE_RIGHTS, 61, True, "chroot s:/tmp"),
     ("F11", "pivot_root", BOTH, 217, False, "pivot_root s:/nothing s:/nothing"),
-    ("F12", "a disk's node", ONE_RIGHTS, 297, True, "mknodat -100 s:/tmp/disk-@WAY@ 0x61b0 0x800"),
-    ("F12", "a node of the memory", ONE_RIGHTS, 297, True, "mknodat -100 s:/tmp/mem-@WAY@ 0x21b0 0x101"),
-    ("F12", "a node of the console", ONE_RIGHTS, 297, True, "mknodat -100 s:/tmp/console-@WAY@ 0x21b0 0x501"),
-    ("F12", "a node of tun", ONE_RIGHTS, 297, True, "mknodat -100 s:/tmp/tun-@WAY@ 0x21b0 0xac8"),
+    ("F12", "a disk's node", (RIGHTS, DEVICES), 297, True, "mknodat -100 s:/tmp/disk-@WAY@ 0x61b0 0x800"),
+    ("F12", "a node of the memory", (RIGHTS, DEVICES), 297, True, "mknodat -100 s:/tmp/mem-@WAY@ 0x21b0 0x101"),
+    ("F12", "a node of the console", (RIGHTS, DEVICES), 297, True, "mknodat -100 s:/tmp/console-@WAY@ 0x21b0 0x501"),
+    ("F12", "a node of tun", (RIGHTS, DEVICES), 297, True, "mknodat -100 s:/tmp/tun-@WAY@ 0x21b0 0xac8"),
     ("F13", "a mount", BOTH, 21, True, "mount s:t s:/mnt s:tmpfs 0 0"),
     ("F13", "a bind mount", BOTH, 21, True, "mount s:/etc s:/mnt 0 0x1000 0"),
     ("F13", "writing to /proc/sys after a remount", BOTH, 21, True, "mount 0 s:/proc/sys 0 0x1020 0"),

@@ -25,6 +25,7 @@ from isochamber.spec import load, package
 from isochamber.spec.document import Document
 from isochamber.spec.model import Package
 from tests.build.products import Bench, Lines
+from tests.conftest import SCRATCH
 from tests.escape.attempts import Attempt, Guard, Off, Run
 from tests.escape.worlds import Worlds, patched
 
@@ -124,7 +125,7 @@ _CONFIG: dict[str, object] = {"tid": "", "cname": "evil", "dependencies": "", "i
 @contextlib.contextmanager
 def _package(config: dict[str, object] | bytes | None = None) -> Iterator[Path]:
     """Make a package with one program."""
-    directory = Path(tempfile.mkdtemp(prefix="isochamber-test-", dir="/var/tmp")) / "evil"
+    directory = Path(tempfile.mkdtemp(prefix="isochamber-test-", dir=SCRATCH)) / "evil"
     (directory / "progs").mkdir(parents=True)
     (directory / "progs/main").write_text("#!/bin/sh\n")
     text = config if isinstance(config, bytes) else json.dumps({**_CONFIG, **(config or {})}).encode()
