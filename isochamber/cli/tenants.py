@@ -75,6 +75,9 @@ def show(arguments: argparse.Namespace) -> int:
         else:
             text = value if isinstance(value, str) else json.dumps(value)
             common.say(f"{key:<11} {printable(text)}")
+    from isochamber.launch import landlock  # noqa: PLC0415
+
+    common.say(f"{'landlock':<11} {landlock.described()}")
     _show_limits(entry, str(common.root_of(arguments)))
     common.say(f"{'status':<11} {_row(entry)['status']}")
     return 0

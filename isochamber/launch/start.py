@@ -22,6 +22,7 @@ from isochamber.launch import (
     handover,
     ipc,
     join,
+    landlock,
     limits,
     masking,
     mounts,
@@ -58,7 +59,7 @@ class Prepared:
     )  # fmt: skip
 
     def __init__(self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False) -> None:
-        """Do the host side's steps; raises IsochamberError, and leaves at most the pins and an empty cgroups.
+        """Do the host side's steps; raises IsochamberError, and leaves at most the pins and empty cgroups.
 
         A tenant that ``waits`` is set up until the exec, and goes on when it is handed over.
         """
@@ -117,7 +118,7 @@ def _join(prepared: Prepared, tenant: int, messages: _socket.socket, step: Calla
         channel.send_terminal(messages, master)
         os.close(master)
     rlimits.apply(prepared.entry.rlimits)
-    _become_tenant(prepared, messages, step, slave)
+    _become_tenant(prepared, messages, step, slave, joins=True)
 
 
 def tenant_side(prepared: Prepared, messages: _socket.socket) -> None:
@@ -208,11 +209,11 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     step("set the resource limits")
     rlimits.apply(entry.rlimits)  # before the host's root is given up: a tenant can't raise what it is given
 
-    _become_tenant(prepared, messages, step, slave)
+    _become_tenant(prepared, messages, step, slave, joins=False)
 
 
 def _become_tenant(
-    prepared: Prepared, messages: _socket.socket, step: Callable[[str], None], slave: int | None
+    prepared: Prepared, messages: _socket.socket, step: Callable[[str], None], slave: int | None, *, joins: bool
 ) -> None:
     """The second half, from the host's root to the tenant: a command that joins a running tenant does it alike."""
     entry = prepared.entry
@@ -225,7 +226,8 @@ def _become_tenant(
     capabilities.keep_only(kept, prepared.highest_capability)
     step("set no_new_privs")
     syscalls.prctl(syscalls.PR_SET_NO_NEW_PRIVS, 1)
-    # (Landlock: here, while files can still be named)
+    step("confine by Landlock")
+    landlock.apply(joins=joins)
     step("verify")
     verify.inside(entry, prepared.host_namespaces, kept)
     step("wait to be handed over")

@@ -25,6 +25,10 @@ _NR_CLOSE_RANGE = 436
 _NR_OPENAT2 = 437
 _NR_PIDFD_GETFD = 438
 _NR_MOUNT_SETATTR = 442
+_NR_QUOTACTL_FD = 443
+_NR_LANDLOCK_CREATE_RULESET = 444
+_NR_LANDLOCK_ADD_RULE = 445
+_NR_LANDLOCK_RESTRICT_SELF = 446
 
 AT_FDCWD = -100
 AT_EMPTY_PATH = 0x1000
@@ -148,6 +152,15 @@ class _CloneArgs(ctypes.Structure):
             "set_tid_size", "cgroup",
         )
     ]  # fmt: skip
+
+
+class _LandlockRuleset(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in ("handled_fs", "handled_net", "scoped")]
+
+
+class _LandlockBeneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("allowed", ctypes.c_uint64), ("parent", ctypes.c_int32)]
 
 
 class _BpfProgram(ctypes.Structure):
@@ -471,3 +484,34 @@ def has_device_program(group: str) -> bool:
     except OSError:
         return False
     return bool(attr.count > 0)
+
+
+def landlock_abi() -> int:
+    """landlock_create_ruleset(2) with LANDLOCK_CREATE_RULESET_VERSION. Raises OSError (ENOSYS, EOPNOTSUPP)."""
+    return _syscall(_NR_LANDLOCK_CREATE_RULESET, "landlock_create_ruleset", None, None, ctypes.c_size_t(0), 1)
+
+
+def landlock_create_ruleset(handled_fs: int, scoped: int, *, with_scope: bool) -> int:
+    """landlock_create_ruleset(2); returns the descriptor. A kernel before ABI 6 knows no scopes."""
+    attr = _LandlockRuleset(handled_fs, 0, scoped)
+    size = ctypes.sizeof(attr) if with_scope else 8
+    return _syscall(
+        _NR_LANDLOCK_CREATE_RULESET, "landlock_create_ruleset", None,
+        ctypes.byref(attr), ctypes.c_size_t(size), ctypes.c_uint(0),
+    )  # fmt: skip
+
+
+def landlock_allow(ruleset: int, allowed: int, directory: int) -> None:
+    """landlock_add_rule(2): ``allowed`` at and below the open ``directory``."""
+    attr = _LandlockBeneath(allowed, directory)
+    _syscall(
+        _NR_LANDLOCK_ADD_RULE, "landlock_add_rule", None,
+        ctypes.c_int(ruleset), ctypes.c_int(1), ctypes.byref(attr), ctypes.c_uint(0),
+    )  # fmt: skip
+
+
+def landlock_restrict_self(ruleset: int) -> None:
+    """landlock_restrict_self(2)."""
+    _syscall(
+        _NR_LANDLOCK_RESTRICT_SELF, "landlock_restrict_self", None, ctypes.c_int(ruleset), ctypes.c_uint(0)
+    )  # fmt: skip
