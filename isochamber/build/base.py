@@ -35,6 +35,7 @@ _REMOVED = (
     "var/log/bootstrap.log", "var/log/dpkg.log", "var/log/alternatives.log", "var/lib/dbus/machine-id",
     "var/cache/ldconfig/aux-cache", "var/lib/dpkg/status-old", "var/lib/dpkg/available-old",
     "var/cache/debconf/config.dat-old", "var/cache/debconf/templates.dat-old",
+    "etc/dpkg/dpkg.cfg.d/99mmdebstrap",  # how the tool's own dpkg was told not to sync every file
 )  # fmt: skip
 
 

@@ -133,6 +133,8 @@ def _mmdebstrap(base: Base) -> list[str]:
         # check/qemu asks for arch-test, and check_tool has looked already.
         "--skip=check/empty,check/qemu,essential/unlink,cleanup/apt",
         '--aptopt=Acquire::Languages "none"',
+        # The whole tree is synced once, before it gets its name: until then nobody needs a file of it.
+        "--dpkgopt=force-unsafe-io",
     ]  # fmt: skip
     if base.snapshot:
         words.append('--aptopt=Acquire::Check-Valid-Until "false"')

@@ -25,6 +25,7 @@ class Pipeline:
         self.reporter = reporter
         self._contents: dict[str, Mapping[str, str]] = {}
         self._bases: dict[str, str] = {}
+        self._identities: dict[str, Identity] = {}  # only those that are there: what is missing is looked for again
 
     # The spec's nouns.
 
@@ -67,7 +68,12 @@ class Pipeline:
 
     def identity_of(self, name: str) -> Identity | None:
         """Return the tenant's tid and uid range, or None while it has none."""
-        return identity.find(self.state, name)
+        if name not in self._identities:
+            found = identity.find(self.state, name)
+            if found is None:
+                return None
+            self._identities[name] = found
+        return self._identities[name]
 
     def make_dirs(self, name: str) -> None:
         """Give the tenant a tid, a uid range and its directories; raises IsochamberError (stage "dirs")."""

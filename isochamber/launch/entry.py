@@ -330,14 +330,14 @@ def read(root: str, tenant: str) -> Entry:
     path = f"{root}/{paths.CONTAINERS}"
     try:
         with open(path, "rb") as file:
-            lines = file.read().split(b"\n")
+            content = file.read()
     except FileNotFoundError as error:
         raise IsochamberError.from_os(
             error, stage=_STAGE, tenant=tenant, path=path, hint=f"nothing is configured yet: ./doit configure:{tenant}"
         ) from error
     except OSError as error:
         raise IsochamberError.from_os(error, stage=_STAGE, tenant=tenant, path=path) from error
-    raw = _on_its_own_line(lines, tenant) or _in_the_whole(b"\n".join(lines), tenant, path)
+    raw = _on_its_own_line(content, tenant) or _in_the_whole(content, tenant, path)
     if raw is None:
         raise IsochamberError(
             "is not configured", stage=_STAGE, tenant=tenant, path=path, hint=f"./doit configure:{tenant}"
@@ -345,15 +345,18 @@ def read(root: str, tenant: str) -> Entry:
     return Entry(raw)
 
 
-def _on_its_own_line(lines: list[bytes], tenant: str) -> Mapping[str, Any] | None:
+def _on_its_own_line(content: bytes, tenant: str) -> Mapping[str, Any] | None:
     needle = lean.quote(tenant).encode()
     found = []
-    for line in lines:
-        if needle in line:
-            try:
-                found.append(lean.parse(line.rstrip(b", \r")))
-            except ValueError:
-                return None  # not as the registry writes it: the whole file will tell
+    at = content.find(needle)  # one search of the bytes: no list of thousands of lines is made
+    while at >= 0:
+        begin, end = content.rfind(b"\n", 0, at) + 1, content.find(b"\n", at)
+        end = len(content) if end < 0 else end
+        try:
+            found.append(lean.parse(content[begin:end].rstrip(b", \r")))
+        except ValueError:
+            return None  # not as the registry writes it: the whole file will tell
+        at = content.find(needle, end)
     return _choose(found, tenant)
 
 

@@ -151,7 +151,7 @@ def problems(name: str, value: object) -> list[Problem]:
     if not isinstance(value, dict):
         return [((), "must be a mapping")]
     validator = _validator(name)
-    if validator.validate(value):
+    if validator.validate(value, normalize=False):  # no schema has a default or a coercion
         return []
     return [problem for error in validator._errors for problem in _explain(name, error)]
 
