@@ -17,6 +17,7 @@ NOTIFY_INSIDE = "/dev/notify"  # where a tenant finds its $NOTIFY_SOCKET: in the
 # Below the state directory.
 CONTAINERS = "containers.json"
 NAMESPACE = "namespace"  # the UUID that tids are made in, written once
+NAMESPACE_COPY = "namespace.copy"
 NEW_TENANTS = "new_tenants"
 BASES = "base_fs"
 LAYERS = "layers"
@@ -27,10 +28,11 @@ STAGING = "staging"
 FILTERS = "filters"  # compiled system call filters: <digest>.bpf
 LOGS = "logs"  # one log a product: logs/<kind>-<name>.log
 
-# A base or a layer is a directory of three: ROOTFS is the lowerdir, MANIFEST is written last.
+# A base or a layer is a directory of these: ROOTFS is the lowerdir, MANIFEST is written last.
 ROOTFS = "rootfs"
 LAYER_HOME = "home"
 MANIFEST = "manifest.json"
+LISTING = "files.list"  # one line for every name below ROOTFS
 
 
 def run_directory() -> str:

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import bootstrap, contents, debcache, durable, locks, manifest, process, tree
+from isochamber.build import bootstrap, contents, debcache, durable, locks, manifest, process, space, tree
 from isochamber.build.inputs import Inputs
-from isochamber.build.manifest import Manifest
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -21,6 +20,7 @@ FileDigest = Callable[[Path], str]
 
 _FORMAT = "1"  # of what is done here besides the tool's own work: another number is another base
 _TITLE = "base {}"
+_LIKELY_BYTES, _LIKELY_NAMES = 300 << 20, 12_000  # of a minimal Debian root with its downloads
 
 # invoke-rc.d(8): 101 means "action forbidden": installing a package starts no service.
 _POLICY = "#!/bin/sh\nexit 101\n"
@@ -62,7 +62,7 @@ def product(base: Base, file_digest: FileDigest) -> str:
 
 def exists(state: State, name: str) -> bool:
     """Say whether the product is on disk."""
-    return manifest.exists(state.base(name))
+    return manifest.usable(state.base(name))
 
 
 def build(
@@ -82,6 +82,7 @@ def build(
             return name
         bootstrap.check_tool(base)
         reporter.reasons(title, _reasons(state, base, made_of, former_product))
+        _require_space(state, base)
         try:
             with durable.staging_directory(state.staging, f"base-{base.name}") as stage:
                 _bootstrap(state, base, stage, title, reporter)
@@ -90,9 +91,9 @@ def build(
                     _finish(base, root, made_of)
                 finally:
                     os.close(root)
-                digest, size = manifest.describe_tree(stage / paths.ROOTFS)
-                manifest.write(stage, Manifest("base", base.name, made_of, digest, size))
+                manifest.complete(stage, "base", base.name, made_of)
                 stage.chmod(0o755)
+                durable.remove_tree(state.base(name), state.staging)  # a torn one
                 durable.commit_tree(stage, state.base(name))
         except OSError as error:
             raise IsochamberError.from_os(error, stage="base", tenant=base.name) from error
@@ -103,6 +104,14 @@ def deb_cache(state: State, product: str) -> Path:
     """Return where .debs of the archive that ``product`` came from are kept."""
     values = dict(manifest.read(state.base(product)).inputs.items)
     return debcache.directory(state, values["mirror"], values["arch"])
+
+
+def _require_space(state: State, base: Base) -> None:
+    """Raise IsochamberError unless there is room for the base: as much as its former one took, or as Debian's do."""
+    known = [manifest.read(path) for path in (state.root / paths.BASES).glob(f"{base.name}-*") if manifest.exists(path)]
+    size = max((found.size for found in known), default=_LIKELY_BYTES)
+    names = max((found.names for found in known), default=_LIKELY_NAMES)
+    space.require(state.root, size, names=names, stage="base", tenant=base.name)
 
 
 def _reasons(state: State, base: Base, made_of: Inputs, former_product: str | None) -> tuple[str, ...]:

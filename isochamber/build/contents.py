@@ -117,6 +117,7 @@ class _Cache:
 
     def __init__(self, state: State, key: str) -> None:
         self._directory = state.root / paths.CACHE / "contents"
+        self._staging = state.staging
         self._file = self._directory / f"{hashlib.sha256(os.fsencode(key)).hexdigest()[:32]}.json"
         self._former = self._load()
         self._now: _Memory = {}
@@ -146,6 +147,6 @@ class _Cache:
             return
         try:
             durable.make_directories(self._directory)
-            durable.write_file(self._file, json.dumps(self._now).encode())
+            durable.write_file(self._file, json.dumps(self._now).encode(), staging=self._staging)
         except OSError:
             return  # a memory that can't be kept costs time and nothing else

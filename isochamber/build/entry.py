@@ -33,13 +33,11 @@ def make(
     contents: Mapping[str, str],
     seccomp: Mapping[str, object],
     subnets: Subnets | None = None,
+    slot: str = "",
 ) -> Entry:
     """Return the entry of ``tenant``, keys in the contract's order. Pure: the same arguments give the same entry."""
     package = tenant.package
     filesystem, persist = state.relative(state.tenant_fs(who.tid)), state.relative(state.tenant_persist(who.tid))
-    lowers = [f"{paths.BASES}/{base_product}/{paths.ROOTFS}"]
-    if layer_product is not None:
-        lowers.insert(0, f"{paths.LAYERS}/{layer_product}/{paths.ROOTFS}")
     entry: Entry = {
         "tid": who.tid,
         "cname": package.cname,
@@ -55,9 +53,9 @@ def make(
         "gid": package.user[1],
         "uid_base": who.uid_base,
         "uid_count": identity.UID_COUNT,
-        "lowers": lowers,
-        "upper": f"{filesystem}/{identity.UPPER}",
-        "workdir": f"{filesystem}/{identity.WORKDIR}",
+        "lowers": lowers(base_product, layer_product),
+        "upper": f"{filesystem}/{identity.UPPER}{slot}",
+        "workdir": f"{filesystem}/{identity.WORKDIR}{slot}",
         "overlay": f"{filesystem}/{identity.OVERLAY}",
         "home": f"{persist}/{identity.HOME}",
         "ipc": tenant.ipc,
@@ -109,61 +107,167 @@ def layer_product(entry: Mapping[str, Any]) -> str | None:
     return next((lower.split("/")[1] for lower in entry["lowers"] if lower.startswith(f"{paths.LAYERS}/")), None)
 
 
+def lowers(base_product: str, layer_product: str | None) -> list[str]:
+    """Return the read-only directories that a tenant stands on, topmost first."""
+    base = f"{paths.BASES}/{base_product}/{paths.ROOTFS}"
+    return [base] if layer_product is None else [f"{paths.LAYERS}/{layer_product}/{paths.ROOTFS}", base]
+
+
 def current(state: State, wanted: Entry) -> bool:
     """Say whether containers.json holds ``wanted`` and the tenant's upper belongs to its lowers."""
-    return registry.read(state).get(wanted["tid"]) == wanted and _lowers_of_upper(state, wanted) == wanted["lowers"]
+    found = registry.read(state, salvage=True).get(wanted["tid"])
+    return (
+        found == wanted
+        and registry.is_whole(state)
+        and _lowers_of(state, wanted["tid"], slot_of(wanted)) == wanted["lowers"]
+    )
+
+
+# An upper over other lowers than it was made for is undefined (overlayfs.rst, "Changes to underlying filesystems").
+# A tenant has two slots for an upper. New lowers get a fresh upper in the slot that is not used; then the entry is
+# replaced, which is the one step that switches both: whenever it is cut, the tenant starts, as it was or as it will be.
+
+
+def slot_of(entry: Mapping[str, Any]) -> str:
+    """Return which slot an entry's upper is in."""
+    return str(entry["upper"]).rpartition("/")[2].removeprefix(identity.UPPER)
+
+
+def choose_slot(state: State, tid: str, wanted: list[str]) -> str:
+    """Return the slot whose upper a tenant over the lowers ``wanted`` uses, or is to get."""
+    known = {slot: _lowers_of(state, tid, slot) for slot in identity.SLOTS}
+    entry = registry.read(state, salvage=True).get(tid)
+    if entry is not None and slot_of(entry) in known:
+        used = slot_of(entry)
+        return used if known[used] == wanted else next(slot for slot in identity.SLOTS if slot != used)
+    for slot in identity.SLOTS:
+        if known[slot] == wanted:
+            return slot
+    unused = [slot for slot in identity.SLOTS if known[slot] is None]
+    return unused[0] if unused else min(identity.SLOTS, key=lambda slot: _lowers_file(state, tid, slot).stat().st_mtime)
 
 
 def put(state: State, wanted: Entry, reporter: Reporter) -> None:
     """Write ``wanted``; a tenant whose lowers changed gets a fresh upper first, the former one is kept once.
 
-    An upper over other lowers than it was made for is undefined (overlayfs.rst,
-    "Changes to underlying filesystems"). Raises IsochamberError (stage "configure"), also
-    when the tenant would need a fresh upper and is running.
+    Raises IsochamberError (stage "configure"), also when the tenant would need a fresh
+    upper and is running, or when something it stands on was removed meanwhile.
     """
+    tid = wanted["tid"]
     try:
-        with locks.product_lock(state, f"tenant-{wanted['tid']}", reporter.say):
-            if _lowers_of_upper(state, wanted) != wanted["lowers"]:
-                _refresh_upper(state, wanted, reporter)
+        with locks.product_lock(state, f"tenant-{tid}", reporter.say):
+            _check_parts(state, wanted)
+            former = registry.read(state, salvage=True).get(tid)
+            slot = slot_of(wanted)
+            switches = former is not None and slot_of(former) != slot
+            if switches or _lowers_of(state, tid, slot) != wanted["lowers"]:
+                _refresh_upper(state, wanted, former, reporter)
+            registry.put(state, wanted)
     except OSError as error:
         raise IsochamberError.from_os(error, stage="configure", tenant=wanted["name"]) from error
-    registry.put(state, wanted)
 
 
-def _lowers_file(state: State, entry: Entry) -> Path:
-    return state.tenant_fs(entry["tid"]) / identity.LOWERS
+def _check_parts(state: State, wanted: Entry) -> None:
+    """Raise IsochamberError when a part was deleted or pruned since ``wanted`` was made."""
+    for path in (*wanted["lowers"], wanted["overlay"], wanted["home"]):
+        if not (state.root / path).is_dir():
+            raise IsochamberError(
+                "was removed meanwhile", stage="configure", tenant=wanted["name"], path=path, hint="run ./doit again"
+            )
 
 
-def _lowers_of_upper(state: State, entry: Entry) -> list[str] | None:
+def _lowers_file(state: State, tid: str, slot: str) -> Path:
+    return state.tenant_fs(tid) / f"{identity.LOWERS}{slot}"
+
+
+def _lowers_of(state: State, tid: str, slot: str) -> list[str] | None:
     try:
-        return _lowers_file(state, entry).read_text().splitlines()
-    except FileNotFoundError:
+        return _lowers_file(state, tid, slot).read_text().splitlines()
+    except (OSError, ValueError):
         return None
 
 
-def _refresh_upper(state: State, entry: Entry, reporter: Reporter) -> None:
-    filesystem = state.tenant_fs(entry["tid"])
-    upper, former, workdir = (filesystem / name for name in (identity.UPPER, identity.FORMER_UPPER, identity.WORKDIR))
-    running = records.running(entry["tid"])
+def _refresh_upper(state: State, entry: Entry, former: Entry | None, reporter: Reporter) -> None:
+    tid, slot = entry["tid"], slot_of(entry)
+    running = records.running(tid)
     if running is not None and running.waits:
-        stop.stop(entry["tid"])  # a warm sandbox: nobody's yet, and made of what is replaced here
-    if records.held(entry["tid"]):
+        stop.stop(tid)  # a warm sandbox: nobody's yet, and made of what is replaced here
+    if records.held(tid):
         raise IsochamberError(
             "runs on its former layers",
             stage="configure",
             tenant=entry["name"],
             hint="stop it first, then run ./doit again",
         )
-    if any(upper.iterdir()):
+    if former is not None:
         reporter.say(f"{entry['name']}: its layers changed: a fresh root file system, /home stays")
-        durable.remove_tree(former)
-        with durable.staging_directory(state.staging, f"upper-{entry['tid']}") as stage:
-            identity.make_owned(stage / identity.UPPER, entry["uid_base"])
-            upper.rename(former)
-            durable.commit_tree(stage / identity.UPPER, upper)
-    # The kernel ties a workdir to the upper it was used with.
-    durable.remove_tree(workdir)
-    with durable.staging_directory(state.staging, f"workdir-{entry['tid']}") as stage:
-        identity.make_owned(stage / identity.WORKDIR, entry["uid_base"])
-        durable.commit_tree(stage / identity.WORKDIR, workdir)
-    durable.write_file(_lowers_file(state, entry), "".join(f"{lower}\n" for lower in entry["lowers"]).encode())
+        _keep_both(state, former, entry)
+    make_slot(state, tid, slot, entry["uid_base"])
+    content = "".join(f"{lower}\n" for lower in entry["lowers"]).encode()
+    durable.write_file(_lowers_file(state, tid, slot), content, staging=state.staging)
+
+
+def make_slot(state: State, tid: str, slot: str, uid_base: int) -> None:
+    """Give the slot an empty upper and workdir (the kernel ties a workdir to the upper it was used with)."""
+    durable.remove_file(_lowers_file(state, tid, slot))
+    for name in (f"{identity.UPPER}{slot}", f"{identity.WORKDIR}{slot}"):
+        path = state.tenant_fs(tid) / name
+        durable.remove_tree(path, state.staging)
+        with durable.staging_directory(state.staging, f"{name}-{tid}") as stage:
+            identity.make_owned(stage / name, uid_base)
+            durable.commit_tree(stage / name, path)
+
+
+# Going back.
+
+
+def former_file(state: State, tid: str) -> Path:
+    """Return where the entries are kept that a tenant had before its lowers changed, and after."""
+    return state.tenant_fs(tid) / identity.FORMER
+
+
+def _keep_both(state: State, first: Entry, second: Entry) -> None:
+    """Keep the entries of both slots: whichever containers.json does not name is the former one."""
+    text = json.dumps(sorted([first, second], key=slot_of))
+    durable.write_file(former_file(state, first["tid"]), text.encode(), staging=state.staging)
+
+
+def former_of(state: State, tid: str) -> Entry | None:
+    """Return the entry that :func:`rollback` would go back to; None when there is none, or it can't be started."""
+    found = registry.read(state, salvage=True).get(tid)
+    try:
+        kept = json.loads(former_file(state, tid).read_bytes())
+        others = [entry for entry in kept if found is None or slot_of(entry) != slot_of(found)]
+        (former,) = registry.decode(json.dumps(others[:1]).encode()).values()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    if _lowers_of(state, tid, slot_of(former)) != former["lowers"] or former["tid"] != tid:
+        return None
+    return former if all((state.root / path).is_dir() for path in (*former["lowers"], former["upper"])) else None
+
+
+def rollback(state: State, name: str) -> Entry:
+    """Give the tenant its former layers and its former upper again, in one step; returns the entry it has now.
+
+    /home is not touched. The next ./doit configures what tenants.yaml and the package
+    say again. Raises IsochamberError (stage "rollback").
+    """
+    found = registry.find(state, name)
+    if found is None:
+        raise IsochamberError("is not configured", stage="rollback", tenant=name, hint="isochamber ls")
+    tid = found["tid"]
+    try:
+        with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+            former, now = former_of(state, tid), registry.read(state)[tid]
+            if former is None:
+                raise IsochamberError(
+                    "there is nothing to go back to", stage="rollback", tenant=name,
+                    hint="one former version is kept, until prune --until-free takes it",
+                )  # fmt: skip
+            if records.held(tid):
+                raise IsochamberError("is running", stage="rollback", tenant=name, hint="stop it first")
+            _keep_both(state, former, now)
+            registry.put(state, former)
+            return former
+    except OSError as error:
+        raise IsochamberError.from_os(error, stage="rollback", tenant=name) from error

@@ -134,7 +134,7 @@ def ensure(state: State, programs: Iterable[Program]) -> None:
         content = compiled(program)
         try:
             durable.make_directories(state.root / paths.FILTERS)
-            durable.write_file(path, content)
+            durable.write_file(path, content, staging=state.staging)
         except OSError as error:
             raise IsochamberError.from_os(error, stage="filter", path=path) from error
 

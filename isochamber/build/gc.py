@@ -1,11 +1,12 @@
 """Removing: one tenant with all it has, and everything that nothing refers to. Each step may be cut and done again."""
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import durable, identity, locks, manifest, registry, tree
+from isochamber.build import durable, entry, identity, locks, registry, space, tree
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -26,20 +27,17 @@ def delete(state: State, tenant: str, reporter: Reporter) -> None:
     goes first: what a cut leaves is an orphan, which prune removes.
     """
     entry = registry.find(state, tenant)
-    tid = entry["tid"] if entry else _known_tid(state, tenant)
+    tid = entry["tid"] if entry else known_tid(state, tenant)
     if tid is None:
         raise IsochamberError("there is no such tenant", stage="delete", tenant=tenant, hint="isochamber ls")
     try:
-        stopping.stop(tid)
-        registry.remove(state, tid)
-        stopping.stop(tid)  # a supervisor may have started it again; without an entry it can't once more
-        _remove_tenant(state, tid)
+        _remove_tenant(state, tid, tenant)
     except OSError as error:
         raise IsochamberError.from_os(error, stage="delete", tenant=tenant) from error
     reporter.say(f"{tenant}: deleted")
 
 
-def _known_tid(state: State, tenant: str) -> str | None:
+def known_tid(state: State, tenant: str) -> str | None:
     """Return the tid of a tenant that has directories and no entry."""
     if state.namespace is None:
         return None
@@ -52,35 +50,81 @@ def _known_tid(state: State, tenant: str) -> str | None:
     return tid if state.tenant_fs(tid).is_dir() or state.tenant_persist(tid).is_dir() else None
 
 
-def _remove_tenant(state: State, tid: str) -> None:
+def _remove_tenant(state: State, tid: str, name: str) -> None:
+    """Stop it, keep others from starting or configuring it, and remove all of it."""
     with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
-        pins.remove(tid)
-        durable.remove_tree(state.tenant_fs(tid))
-        durable.remove_tree(state.tenant_persist(tid))
-        records.forget(tid)
-        Path(paths.tenant_lock(tid)).unlink(missing_ok=True)
+        stopping.stop(tid)
+        registry.remove(state, tid)
+        lock = _stopped(tid, name)  # a supervisor may have started it again; without an entry it can't once more
+        try:
+            pins.remove(tid)
+            durable.remove_tree(state.tenant_fs(tid), state.staging)
+            durable.remove_tree(state.tenant_persist(tid), state.staging)
+            records.forget(tid)
+            Path(paths.tenant_lock(tid)).unlink(missing_ok=True)
+        finally:
+            os.close(lock)
 
 
-def prune(state: State, spec: Spec, reporter: Reporter) -> list[Removed]:
-    """Remove stale staging, orphaned tenants, unreferenced bases and layers, caches and old logs.
+def _stopped(tid: str, name: str) -> int:
+    """Stop the tenant and return its lock; somebody who started it in between is stopped too."""
+    while True:
+        stopping.stop(tid)
+        try:
+            return records.lock(tid, name)
+        except IsochamberError:
+            if not records.held(tid):
+                raise
 
-    Referenced is what containers.json names for a tenant of the spec. A tenant that
-    runs is never an orphan. Returns what was removed; raises IsochamberError (stage "prune").
+
+def prune(state: State, spec: Spec, reporter: Reporter, *, until_free: int | None = None) -> list[Removed]:
+    """Remove stale staging, orphaned tenants, unreferenced bases and layers, and caches.
+
+    Referenced is what containers.json names for a tenant of the spec, and what rollback
+    would need. A tenant that runs is never an orphan. With ``until_free`` (bytes) one thing
+    after the other goes until so much is free, what is easily made again first, what
+    rollback needs too, and orphans with their /home last. Returns what was removed;
+    raises IsochamberError (stage "prune").
     """
     if state.namespace is None:
         return []
     removed: list[Removed] = []
     try:
         with locks.nobody_builds(state, reporter.say):
-            removed += _prune_orphans(state, spec)
-            removed += _prune_remains(state)
-            removed += _prune_products(state)
-            removed += _prune_filters(state)
-            removed += _prune_directory(state, "staging", state.staging)
-            removed += _prune_directory(state, "cache", state.root / paths.CACHE)
+            for gone in _prunable(state, spec, least=until_free is not None):
+                removed.append(gone)
+                if until_free is not None and space.free(state.root)[0] >= until_free:
+                    break
     except OSError as error:
         raise IsochamberError.from_os(error, stage="prune") from error
     return removed
+
+
+def _prunable(state: State, spec: Spec, *, least: bool) -> Iterator[Removed]:
+    """Remove one thing and say what it was, then the next."""
+    yield from _prune_staging(state)
+    yield from _prune_remains(state)
+    yield from _prune_directory(state, "cache", state.root / paths.CACHE)
+    if least:
+        yield from _prune_products(state)
+        yield from _prune_former(state)
+    yield from _prune_orphans(state, spec)
+    yield from _prune_products(state)
+    yield from _prune_filters(state)
+
+
+def _prune_former(state: State) -> Iterator[Removed]:
+    """What rollback would go back to: the other upper of every tenant, and the layers it stands on."""
+    for tid in registry.read(state, salvage=True):
+        former = entry.former_of(state, tid)
+        if former is None:
+            continue
+        with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+            size = tree.size_of(state.root / former["upper"])
+            durable.remove_file(entry.former_file(state, tid))
+            entry.make_slot(state, tid, entry.slot_of(former), former["uid_base"])
+        yield "former version of", _name_of(state, tid), size
+    yield from _prune_products(state)
 
 
 def _prune_orphans(state: State, spec: Spec) -> Iterator[Removed]:
@@ -91,13 +135,12 @@ def _prune_orphans(state: State, spec: Spec) -> Iterator[Removed]:
         for path in (state.root / directory).iterdir()
         if _TID.fullmatch(path.name)
     }
-    for tid in sorted((found | set(registry.read(state))) - wanted):
-        if records.held(tid):
-            continue
+    for tid in sorted((found | set(registry.read(state, salvage=True))) - wanted):
+        if records.held(tid) or (state.root / paths.NEW_TENANTS / _name_of(state, tid)).is_dir():
+            continue  # the second was dropped after the spec was read
         size = tree.size_of(state.tenant_fs(tid)) + tree.size_of(state.tenant_persist(tid))
         name = _name_of(state, tid)
-        registry.remove(state, tid)
-        _remove_tenant(state, tid)
+        _remove_tenant(state, tid, name)
         yield "tenant", name, size
 
 
@@ -114,7 +157,7 @@ def _prune_remains(state: State) -> Iterator[Removed]:
 def _remove_stages(state: State, directory: Path) -> Iterator[Removed]:
     for name in durable.stale_stages(directory):
         size = tree.size_of(directory / name)
-        durable.remove_tree(directory / name)
+        durable.remove_tree(directory / name, state.staging)
         yield "remains", state.relative(directory / name), size
 
 
@@ -126,21 +169,24 @@ def _name_of(state: State, tid: str) -> str:
 
 
 def _prune_products(state: State) -> Iterator[Removed]:
-    referenced = {lower.rsplit("/", 1)[0] for entry in registry.read(state).values() for lower in entry["lowers"]}
+    entries = registry.read(state, salvage=True)
+    kept = [*entries.values(), *filter(None, (entry.former_of(state, tid) for tid in entries))]  # for rollback
+    referenced = {lower.rsplit("/", 1)[0] for found in kept for lower in found["lowers"]}
     for kind, directory in (("layer", paths.LAYERS), ("base", paths.BASES)):
         for path in sorted((state.root / directory).iterdir()):
             if state.relative(path) in referenced:
                 continue
             size = tree.size_of(path)
-            complete = manifest.exists(path)
-            durable.remove_tree(path)
+            complete = (path / paths.MANIFEST).is_file()
+            durable.remove_tree(path, state.staging)
             yield kind if complete else "remains", path.name, size
 
 
 def _prune_filters(state: State) -> Iterator[Removed]:
     referenced = set()
-    for entry in registry.read(state).values():
-        named = entry.get("seccomp", {})
+    entries = registry.read(state, salvage=True)
+    for found in (*entries.values(), *filter(None, (entry.former_of(state, tid) for tid in entries))):
+        named = found.get("seccomp", {})
         referenced |= {*named.get("filters", ()), named.get("learned")}
     for path in sorted((state.root / paths.FILTERS).iterdir()):
         if path.stem not in referenced:
@@ -149,11 +195,18 @@ def _prune_filters(state: State) -> Iterator[Removed]:
             yield "filter", path.stem, size
 
 
+def _prune_staging(state: State) -> Iterator[Removed]:
+    """What killed builds left; what is being made now is held, and stays."""
+    sizes = {path.name: tree.size_of(path) for path in state.staging.iterdir()}
+    for name in durable.remove_stale_stages(state.staging, only_ours=False):
+        yield "staging", f"{paths.STAGING}/{name}", sizes.get(name, 0)
+
+
 def _prune_directory(state: State, kind: str, directory: Path) -> Iterator[Removed]:
     for path in sorted(directory.iterdir()):
         size = tree.size_of(path) if path.is_dir() else path.lstat().st_size
         if path.is_dir() and not path.is_symlink():
-            durable.remove_tree(path)
+            durable.remove_tree(path, state.staging)
         else:
             path.unlink()
         yield kind, state.relative(path), size

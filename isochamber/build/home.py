@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from isochamber import paths
-from isochamber.build import contents, durable, identity, locks, manifest, tree
+from isochamber.build import contents, durable, identity, locks, manifest, space, tree
 from isochamber.build.inputs import Inputs
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
@@ -59,12 +59,13 @@ def desired(state: State, own: Mapping[str, str], layer: str | None) -> Desired:
     return Desired(files, layer)
 
 
-def _manifest_path(state: State, tid: str) -> Path:
+def manifest_path(state: State, tid: str) -> Path:
+    """Return where it stands what was deployed to the tenant's /home."""
     return state.tenant_persist(tid) / _MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
-class _Record:
+class Record:
     """The manifest: what is wanted was deployed whole, or (``desired`` None) is still on its way."""
 
     desired: str | None
@@ -72,22 +73,23 @@ class _Record:
     unsure: Ours  # what a cut deployment was about to place, replace or remove
 
 
-def _read_record(state: State, tid: str) -> _Record:
+def read_record(state: State, tid: str) -> Record:
     """Return the record; a missing or damaged one knows nothing."""
     try:
-        raw = json.loads(_manifest_path(state, tid).read_text())
+        raw = json.loads(manifest_path(state, tid).read_text())
         unsure = {path: [str(digest) for digest in digests] for path, digests in raw["unsure"].items()}
-        return _Record(raw["desired"], {path: str(digest) for path, digest in raw["deployed"].items()}, unsure)
+        return Record(raw["desired"], {path: str(digest) for path, digest in raw["deployed"].items()}, unsure)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return _Record(None, {}, {})
+        return Record(None, {}, {})
 
 
-def _write_record(state: State, tid: str, record: _Record) -> None:
+def _write_record(state: State, tid: str, record: Record) -> None:
     content = {"desired": record.desired, "deployed": dict(record.deployed), "unsure": record.unsure}
-    durable.write_file(_manifest_path(state, tid), json.dumps(content, indent=1, sort_keys=True).encode())
+    text = json.dumps(content, indent=1, sort_keys=True)
+    durable.write_file(manifest_path(state, tid), text.encode(), staging=state.staging)
 
 
-def _on_its_way(record: _Record, wanted: Desired) -> _Record:
+def _on_its_way(record: Record, wanted: Desired) -> Record:
     """Return the record to write before the first change: what does not change, and all that may be ours elsewhere."""
     same = {path: digest for path, digest in record.deployed.items() if wanted.files.get(path) == digest}
     unsure: Ours = {path: list(digests) for path, digests in record.unsure.items()}
@@ -95,12 +97,12 @@ def _on_its_way(record: _Record, wanted: Desired) -> _Record:
         for path, digest in files.items():
             if path not in same and digest not in unsure.setdefault(path, []):
                 unsure[path].append(digest)
-    return _Record(None, same, unsure)
+    return Record(None, same, unsure)
 
 
 def current(state: State, tid: str, wanted: Desired) -> bool:
     """Say whether ``wanted`` was deployed whole; /home itself is the tenant's and is not looked at."""
-    return _read_record(state, tid).desired == wanted.digest()
+    return read_record(state, tid).desired == wanted.digest()
 
 
 def deploy(state: State, tenant: Tenant, tid: str, wanted: Desired, reporter: Reporter) -> None:
@@ -111,11 +113,11 @@ def deploy(state: State, tenant: Tenant, tid: str, wanted: Desired, reporter: Re
     """
     with locks.product_lock(state, f"tenant-{tid}", reporter.say):
         try:
-            record = _on_its_way(_read_record(state, tid), wanted)
+            record = _on_its_way(read_record(state, tid), wanted)
             _write_record(state, tid, record)
             with _Deployment(state, tenant, tid, wanted, record, reporter) as deployment:
                 deployment.run()
-            _write_record(state, tid, _Record(wanted.digest(), wanted.files, {}))
+            _write_record(state, tid, Record(wanted.digest(), wanted.files, {}))
         except OSError as error:
             raise IsochamberError.from_os(error, stage="home", tenant=tenant.name) from error
 
@@ -124,10 +126,11 @@ class _Deployment:
     """One deployment: /home, the staging directory, and what is known of both."""
 
     def __init__(
-        self, state: State, tenant: Tenant, tid: str, wanted: Desired, record: _Record, reporter: Reporter
+        self, state: State, tenant: Tenant, tid: str, wanted: Desired, record: Record, reporter: Reporter
     ) -> None:
         self._tenant, self._wanted, self._record, self._reporter = tenant, wanted, record, reporter
         self._layer_home = state.layer(wanted.layer) / paths.LAYER_HOME if wanted.layer else None
+        self._root = state.root
         self._progs = {prog.path: prog for prog in tenant.package.progs}
         self._home = os.open(state.tenant_persist(tid) / identity.HOME, tree.DIRECTORY)
         self._stage_context = durable.staging_directory(state.staging, f"home-{tid}")
@@ -141,7 +144,11 @@ class _Deployment:
         self._stage_context.__exit__(None, None, None)
 
     def run(self) -> None:
-        """Remove what is no longer wanted, or wanted as another kind; place what is; sync."""
+        """Remove what is no longer wanted, or wanted as another kind; place what is; sync.
+
+        All that is to be placed is on disk before the first of it gets its name: a file that
+        a power cut left half written would count as the tenant's own for ever.
+        """
         wanted = self._wanted.files
         for path, ours in sorted(self._record.unsure.items(), reverse=True):
             is_directory = wanted.get(path) == contents.DIRECTORY
@@ -150,12 +157,25 @@ class _Deployment:
                 self._withdraw(path, ours)
             elif unwanted:
                 self._withdraw(path, unwanted)
+        to_place: list[str] = []
         for path in sorted(wanted):
             if wanted[path] == contents.DIRECTORY:
                 self._place_directory(path)
-            else:
-                self._place_file(path, wanted[path], self._record.unsure.get(path, [wanted[path]]))
+            elif self._is_to_be_placed(path, wanted[path]):
+                to_place.append(path)
+        size = sum(self._size_of(path) for path in to_place)
+        space.require(self._root, size, names=len(to_place), stage="home", tenant=self._tenant.name)
+        staged = [self._bring(path, wanted[path], self._stage / str(number)) for number, path in enumerate(to_place)]
+        if staged:
+            durable.sync_tree(self._stage)
+        for path, file in zip(to_place, staged, strict=True):
+            self._place_file(path, file)
         syscalls.syncfs(self._home)
+
+    def _size_of(self, path: str) -> int:
+        if self._layer_home is not None and self._wanted.files[path].startswith(LAYER):
+            return (self._layer_home / path).lstat().st_size
+        return self._progs[path].size if path in self._progs else 0
 
     def _note(self, path: str, what: str) -> None:
         self._reporter.say(f"{self._tenant.name}: /home/{path}: {what}")
@@ -187,30 +207,40 @@ class _Deployment:
         finally:
             os.close(parent)
 
-    def _place_file(self, path: str, digest: str, ours: list[str]) -> None:
+    def _is_to_be_placed(self, path: str, digest: str) -> bool:
         found = self._parent(path)
         if found is None:
             self._note(path, "the tenant has something else on the way there, it is not deployed")
+            return False
+        os.close(found[0])
+        there = self._what_is(path)
+        if there is None:
+            return path not in self._record.deployed  # else it was deployed, and the tenant removed it
+        return _plain(there) != _plain(digest) and self._is_ours(path, there)
+
+    def _is_ours(self, path: str, there: str) -> bool:
+        ours = self._record.unsure.get(path, [self._wanted.files[path]])
+        if there != contents.DIRECTORY and _plain(there) in map(_plain, ours):
+            return True
+        self._note(path, "changed by the tenant, it stays")
+        return False
+
+    def _place_file(self, path: str, staged: Path) -> None:
+        """Give a staged file its name, unless the tenant was quicker."""
+        found = self._parent(path)
+        if found is None:
             return
         parent, name = found
         try:
             there = self._what_is(path)
-            if there is None and path in self._record.deployed:
-                return  # deployed before, and the tenant removed it
-            if there is not None and _plain(there) == _plain(digest):
-                return
-            if there is not None and (there == contents.DIRECTORY or _plain(there) not in map(_plain, ours)):
-                self._note(path, "changed by the tenant, it stays")
-                return
-            staged = self._bring(path, digest)
             if there is not None:
-                os.rename(staged, name, dst_dir_fd=parent)
+                if self._is_ours(path, there):
+                    os.rename(staged, name, dst_dir_fd=parent)
                 return
             try:
                 os.link(staged, name, dst_dir_fd=parent, follow_symlinks=False)
             except FileExistsError:
                 self._note(path, "the tenant was quicker, its own stays")
-            staged.unlink()
         finally:
             os.close(parent)
 
@@ -244,31 +274,26 @@ class _Deployment:
         finally:
             os.close(parent)
 
-    def _bring(self, path: str, digest: str) -> Path:
-        """Copy the wanted content into staging, checked against its digest, and return where it is."""
-        target = self._stage / "file"
+    def _bring(self, path: str, digest: str, target: Path) -> Path:
+        """Copy the wanted content to ``target`` in staging, checked against its digest, and return that."""
         if digest.startswith(LINK):
             target.symlink_to(digest.removeprefix(LINK))
             return target
         source = self._open_source(path, digest)
-        try:
-            with os.fdopen(source, "rb") as reading, target.open("wb") as writing:
-                while chunk := reading.read(1 << 20):
-                    writing.write(chunk)
-                writing.flush()
-                os.fchmod(writing.fileno(), 0o755 if contents.is_executable(digest) else 0o644)
-            with target.open("rb") as copied:
-                if manifest.hash_descriptor(copied.fileno()) != contents.content_of(_plain(digest)):
-                    raise IsochamberError(
-                        "changed while it was copied",
-                        stage="home",
-                        tenant=self._tenant.name,
-                        path=path,
-                        hint="run ./doit again",
-                    )
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
+        with os.fdopen(source, "rb") as reading, target.open("xb") as writing:
+            while chunk := reading.read(1 << 20):
+                writing.write(chunk)
+            writing.flush()
+            os.fchmod(writing.fileno(), 0o755 if contents.is_executable(digest) else 0o644)
+        with target.open("rb") as copied:
+            if manifest.hash_descriptor(copied.fileno()) != contents.content_of(_plain(digest)):
+                raise IsochamberError(
+                    "changed while it was copied",
+                    stage="home",
+                    tenant=self._tenant.name,
+                    path=path,
+                    hint="run ./doit again",
+                )
         return target
 
     def _open_source(self, path: str, digest: str) -> int:

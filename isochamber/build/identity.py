@@ -19,7 +19,10 @@ UID_COUNT = 65_536
 FIRST, LAST = 524_288, 1_879_048_191
 _SLOTS = (LAST + 1 - FIRST) // UID_COUNT
 
-UPPER, FORMER_UPPER, WORKDIR, OVERLAY, LOWERS = "upper", "upper.former", "workdir", "overlay", "lowers"
+UPPER, WORKDIR, OVERLAY, LOWERS = "upper", "workdir", "overlay", "lowers"
+FORMER = "former.json"  # the entries before and after the last change of lowers
+# Two slots: an upper over new lowers is made in the one that is not used, and the entry then names it.
+SLOTS = ("", ".b")
 HOME, NAME = "home", "name"
 
 
@@ -52,10 +55,9 @@ def ensure(state: State, tenant: str) -> Identity:
     tid = state.tid(tenant)
     with locks.product_lock(state, "identities", lambda _line: None):
         try:
-            uid_base = _owner(state, tid)
-            if uid_base is None:
-                uid_base = _allocate(state, tid)
-            _make_directories(state, tid, tenant, uid_base)
+            with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+                uid_base = _owner(state, tid) or _configured(state, tid) or _allocate(state, tid)
+                _make_directories(state, tid, tenant, uid_base)
         except OSError as error:
             raise IsochamberError.from_os(error, stage="dirs", tenant=tenant) from error
     return Identity(tid, uid_base)
@@ -63,7 +65,7 @@ def ensure(state: State, tenant: str) -> Identity:
 
 def _owner(state: State, tid: str) -> int | None:
     """Return the first uid of the range that the tenant's upper (or what is left of it) belongs to."""
-    for part in (UPPER, FORMER_UPPER, WORKDIR):
+    for part in (f"{name}{slot}" for name in (UPPER, WORKDIR) for slot in SLOTS):
         try:
             uid = (state.tenant_fs(tid) / part).lstat().st_uid
         except FileNotFoundError:
@@ -71,6 +73,12 @@ def _owner(state: State, tid: str) -> int | None:
         if FIRST <= uid <= LAST and (uid - FIRST) % UID_COUNT == 0:
             return uid
     return None
+
+
+def _configured(state: State, tid: str) -> int | None:
+    """Return the range that containers.json gives the tenant: its directories were lost, the file was not."""
+    entry = registry.read(state, salvage=True).get(tid)
+    return None if entry is None else int(entry["uid_base"])
 
 
 def preferred_slot(tid: str) -> int:
@@ -104,7 +112,7 @@ def slots(first: int, last: int) -> range:
 
 def _used(state: State) -> Iterator[tuple[int, int]]:
     """Yield ranges of ids that somebody has: other tenants, users and groups, subordinate ids (subuid(5))."""
-    for entry in registry.read(state, damaged_is_empty=True).values():
+    for entry in registry.read(state, salvage=True).values():
         yield entry["uid_base"], entry["uid_base"] + entry["uid_count"] - 1
     for directory in (state.root / "tenants_fs").iterdir():
         uid_base = _owner(state, directory.name)
@@ -158,3 +166,5 @@ def _make_directories(state: State, tid: str, tenant: str, uid_base: int) -> Non
                 if directory == persist:
                     (stage / NAME).write_text(f"{tenant}\n")  # a tid can't be turned back into a name
                 durable.commit_tree(stage, directory)
+    if not (persist / NAME).is_file():
+        durable.write_file(persist / NAME, f"{tenant}\n".encode(), staging=state.staging)

@@ -13,10 +13,9 @@ import os
 from collections.abc import Mapping
 
 from isochamber import paths
-from isochamber.build import base, debcache, durable, home, locks, manifest, seal, staged, tree
+from isochamber.build import base, debcache, durable, home, locks, manifest, seal, space, staged, tree
 from isochamber.build.identity import Identity
 from isochamber.build.inputs import Inputs
-from isochamber.build.manifest import Manifest
 from isochamber.build.process import Outcome
 from isochamber.build.progress import Product, Reporter
 from isochamber.build.sandbox import Sandbox
@@ -61,7 +60,7 @@ def find(state: State, tenant: Tenant, made_of: Inputs, own: Mapping[str, str]) 
     shown = staged.visible(tenant, own)
     prefix = f"{made_of.digest()}-"
     for entry in sorted(_names(state)):
-        if entry.startswith(prefix) and manifest.exists(state.layer(entry)):
+        if entry.startswith(prefix) and manifest.usable(state.layer(entry)):
             observed = manifest.read(state.layer(entry)).extra[_OBSERVED]
             if all(staged.seen(path, shown) == digest for path, digest in observed.items()):
                 return entry
@@ -103,6 +102,7 @@ def build(
         stack.enter_context(locks.product_lock(state, f"install-{who.tid}", reporter.say))
         shown = staged.visible(tenant, own)
         reporter.reasons(_title(tenant), _reasons(state, made_of, shown, former_product))
+        _require_space(state, tenant, former_product)
         try:
             stage = stack.enter_context(durable.staging_directory(state.staging, f"layer-{tenant.name}"))
             sandbox = Sandbox(state, stage, who, base_product)
@@ -118,6 +118,15 @@ def build(
         except IsochamberError as error:
             error.tenant = error.tenant or tenant.name
             raise
+
+
+def _require_space(state: State, tenant: Tenant, former_product: str | None) -> None:
+    """Raise IsochamberError unless there is room for as much as the tenant's former layer took, and for progs/."""
+    size, names = sum(prog.size for prog in tenant.package.progs), len(tenant.package.progs)
+    if former_product is not None and manifest.exists(state.layer(former_product)):
+        former = manifest.read(state.layer(former_product))
+        size, names = size + former.size, names + former.names
+    space.require(state.root, size, names=names, stage="layer", tenant=tenant.name)
 
 
 def _title(tenant: Tenant) -> str:
@@ -195,7 +204,7 @@ def _commit(
     left = staged.keep_what_was_left(sandbox.home, shown, watch)
     observed = staged.observed({*opened, *left.moved}, shown, tenant.package.script)
     name = f"{made_of.digest()}-{Inputs.of(observed).digest()}"
-    if manifest.exists(state.layer(name)):
+    if manifest.usable(state.layer(name)):
         return name  # a run that was seen to open something else first came to the same
     upper = os.open(sandbox.upper, tree.DIRECTORY)
     try:
@@ -209,10 +218,10 @@ def _commit(
     with durable.staging_directory(state.staging, f"sealed-{tenant.name}") as product:
         sandbox.upper.rename(product / paths.ROOTFS)
         sandbox.home.rename(product / paths.LAYER_HOME)
-        digest, size = manifest.describe_tree(product / paths.ROOTFS)
         extra = {_OBSERVED: observed, home.LEFT: dict(left.files), home.REMOVED: list(left.removed)}
         inputs = Inputs.of({**dict(made_of.items), **{_FILE + path: seen for path, seen in observed.items()}})
-        manifest.write(product, Manifest("layer", tenant.name, inputs, digest, size, extra))
+        manifest.complete(product, "layer", tenant.name, inputs, extra)
         product.chmod(0o755)
+        durable.remove_tree(state.layer(name), state.staging)  # a torn one
         durable.commit_tree(product, state.layer(name))
     return name

@@ -49,8 +49,9 @@ def product_lock(state: State, product: str, say: Callable[[str], None], *, shar
             holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip()
             say(f"waiting for {product}, which process {holder or '?'} is building")
             fcntl.flock(descriptor, kind)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # only told to who waits
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(descriptor)

@@ -116,7 +116,7 @@ class Pipeline:
 
     def _former_layer(self, name: str) -> str | None:
         found = self.identity_of(name)
-        former = None if found is None else registry.read(self.state).get(found.tid)
+        former = None if found is None else registry.read(self.state, salvage=True).get(found.tid)
         return None if former is None else entry.layer_product(former)
 
     # home
@@ -156,15 +156,18 @@ class Pipeline:
         tenant, found = self.tenant(name), self.identity_of(name)
         if found is None or not self.base_current(tenant.base) or not self.layer_current(name):
             return None
+        base_product, layer_product = self.base_product(tenant.base), self.layer_product(name)
+        slot = entry.choose_slot(self.state, found.tid, entry.lowers(base_product, layer_product))
         return entry.make(
             self.state,
             tenant,
             found,
-            self.base_product(tenant.base),
-            self.layer_product(name),
+            base_product,
+            layer_product,
             self.contents_of(tenant.package),
             self.filters_of(name).entry(),
             self.spec.subnets,
+            slot,
         )
 
     def configured(self, name: str) -> bool:
@@ -178,6 +181,11 @@ class Pipeline:
         with locks.building(self.state, self.reporter.say):
             wanted = self.wanted_entry(name)
             if wanted is None:
-                raise IsochamberError("its base, layer or directories are missing", stage="configure", tenant=name)
+                raise IsochamberError(
+                    "its base, layer or directories are missing",
+                    stage="configure",
+                    tenant=name,
+                    hint="run ./doit again",
+                )
             self.filters_of(name).ensure(self.state)
             entry.put(self.state, wanted, self.reporter)

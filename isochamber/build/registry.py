@@ -1,10 +1,12 @@
 """containers.json: the contract with the run-time half. One entry a line, replaced as a whole, under a lock."""
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
+from isochamber import paths
 from isochamber.build import durable, locks
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -12,14 +14,18 @@ from isochamber.errors import IsochamberError
 VERSION = 1
 Entry = dict[str, Any]
 
-_HINT = "delete it and run ./doit: it is made anew with the same tids and uid ranges"
+_HINT = "run ./doit: it is made anew with the same tids and uid ranges"
 
 # One parse a version of the file, however many tenants ask: path -> (identity, entries).
 _parsed: dict[str, tuple[tuple[int, ...], dict[str, Entry]]] = {}
 
 
-def read(state: State, *, damaged_is_empty: bool = False) -> Mapping[str, Entry]:
-    """Return tid -> entry; no file is no entry. Raises IsochamberError for a damaged file."""
+def read(state: State, *, salvage: bool = False) -> Mapping[str, Entry]:
+    """Return tid -> entry; no file is no entry.
+
+    Raises IsochamberError for a damaged file; with ``salvage`` what can still be read of
+    it counts, a line an entry, and the next ./doit makes the rest anew.
+    """
     path = state.containers
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -37,8 +43,8 @@ def read(state: State, *, damaged_is_empty: bool = False) -> Mapping[str, Entry]
     try:
         entries = decode(content)
     except ValueError as error:
-        if damaged_is_empty:
-            return {}
+        if salvage:
+            return salvaged(content)
         raise IsochamberError(f"is damaged: {error}", stage="containers", path=path, hint=_HINT) from error
     _parsed[str(path)] = (identity, entries)
     return entries
@@ -65,6 +71,15 @@ def decode(content: bytes) -> dict[str, Entry]:
     return found
 
 
+def salvaged(content: bytes) -> dict[str, Entry]:
+    """Return the entries of a damaged file that stand whole on their line, each tid once."""
+    found: dict[str, Entry] = {}
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError):
+            found |= decode(b"[" + line.rstrip(b", ") + b"]")
+    return found
+
+
 def encode(entries: Mapping[str, Entry]) -> bytes:
     """Return the file's bytes: a JSON array, one entry a line, sorted by name."""
     lines = [
@@ -84,18 +99,40 @@ def put(state: State, entry: Entry) -> None:
     _change(state, {entry["tid"]: entry})
 
 
+def rewrite(state: State) -> None:
+    """Write what can be read of the file anew; raises IsochamberError."""
+    _change(state, {})
+
+
 def remove(state: State, tid: str) -> None:
     """Remove one entry; none is fine. Raises IsochamberError."""
     _change(state, {}, without=tid)
 
 
+def _keep_damaged(state: State) -> None:
+    """Put a damaged file aside: it may tell somebody what happened."""
+    with contextlib.suppress(FileNotFoundError):
+        aside = state.containers.with_name(f"{paths.CONTAINERS}.damaged")
+        durable.write_file(aside, state.containers.read_bytes(), staging=state.staging)
+
+
+def is_whole(state: State) -> bool:
+    """Say whether the file is there and can be read."""
+    try:
+        return bool(read(state)) or state.containers.exists()
+    except IsochamberError:
+        return False
+
+
 def _change(state: State, add: dict[str, Entry], *, without: str | None = None) -> None:
     with locks.product_lock(state, "containers", lambda _line: None):
-        former = read(state)
+        former = read(state, salvage=True)
         entries = {tid: entry for tid, entry in former.items() if tid != without} | add
-        if entries == former:
+        if entries == former and is_whole(state):
             return
         try:
-            durable.write_file(state.containers, encode(entries))
+            if not is_whole(state):
+                _keep_damaged(state)
+            durable.write_file(state.containers, encode(entries), staging=state.staging)
         except OSError as error:
             raise IsochamberError.from_os(error, stage="containers", path=state.containers) from error

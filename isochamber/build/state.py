@@ -22,6 +22,17 @@ _DIRECTORIES = (
 )
 
 
+_NAMESPACE_HINT = "restore this file from a backup: the tenants' ids are made in it"
+
+
+def read_uuid(file: Path) -> uuid.UUID | None:
+    """Return the UUID that ``file`` holds, or None when it holds none."""
+    try:
+        return uuid.UUID(file.read_text().strip())
+    except (OSError, ValueError):
+        return None
+
+
 @dataclass(frozen=True)
 class State:
     """One state directory. Making this object touches nothing; :meth:`create` does."""
@@ -35,16 +46,20 @@ class State:
         return known if known is not None else self._read_namespace()
 
     def _read_namespace(self) -> uuid.UUID | None:
-        try:
-            namespace = uuid.UUID((self.root / paths.NAMESPACE).read_text().strip())
-            self.__dict__["_namespace"] = namespace  # it never changes, and None is never remembered
-            return namespace
-        except FileNotFoundError:
+        """Read it, or its copy where the file itself is lost or damaged; raises IsochamberError when both are."""
+        first, *_ = files = self.namespace_files()
+        found = [read_uuid(file) for file in files]
+        namespace = next(filter(None, found), None)
+        if namespace is None:
+            if any(os.path.lexists(file) for file in files):
+                raise IsochamberError("does not hold a UUID", stage="state", path=first, hint=_NAMESPACE_HINT)
             return None
-        except ValueError as error:
-            raise IsochamberError(
-                "does not hold a UUID", stage="state", path=self.root / paths.NAMESPACE, hint="restore it from a backup"
-            ) from error
+        self.__dict__["_namespace"] = namespace  # it never changes, and None is never remembered
+        return namespace
+
+    def namespace_files(self) -> tuple[Path, Path]:
+        """Return where the namespace stands: without it every tenant would get another tid, so it stands twice."""
+        return self.root / paths.NAMESPACE, self.root / paths.NAMESPACE_COPY
 
     @property
     def identifier(self) -> str:
@@ -72,12 +87,27 @@ class State:
             for name in _DIRECTORIES:
                 if not (self.root / name).is_dir():
                     durable.make_directories(self.root / name)
-            if self.namespace is None:
-                durable.write_file(self.root / paths.NAMESPACE, f"{uuid.uuid4()}\n".encode(), exclusive=True)
+            self._write_namespace()
+            durable.make_reserve(self.root)
         except OSError as error:
             raise IsochamberError.from_os(
                 error, stage="state", hint="run as root, or choose another root: in tenants.yaml"
             ) from error
+
+    def _write_namespace(self) -> None:
+        files = self.namespace_files()
+        if self.namespace is None:
+            persisted = [entry.name for entry in os.scandir(self.root / paths.TENANTS_PERSIST) if len(entry.name) == 32]
+            if (
+                persisted and self.namespace is None
+            ):  # a new one would make orphans of them all, and prune would remove them
+                raise IsochamberError(
+                    "is lost, and there are tenants", stage="state", path=files[0], hint=_NAMESPACE_HINT
+                )
+            durable.write_file(files[0], f"{uuid.uuid4()}\n".encode(), exclusive=True, staging=self.staging)
+        for file in files:
+            if read_uuid(file) != self.require_namespace():
+                durable.write_file(file, f"{self.require_namespace()}\n".encode(), staging=self.staging)
 
     @property
     def containers(self) -> Path:

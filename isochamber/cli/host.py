@@ -36,13 +36,24 @@ def prune(arguments: argparse.Namespace) -> int:
     """Remove bases, layers, caches and orphaned tenants that nothing refers to."""
     from isochamber.tasks import graph  # noqa: PLC0415
 
-    graph.prune(common.pipeline(arguments))
+    graph.prune(common.pipeline(arguments), until_free=arguments.until_free)
     return 0
+
+
+def _size(text: str) -> int:
+    """Return the bytes of ``500M``; raises ArgumentTypeError, which argparse prints."""
+    from isochamber.spec import validate  # noqa: PLC0415
+
+    size = validate.parse_size(int(text) if text.isdecimal() else text)
+    if size is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: a number of bytes, or with K, M or G")
+    return size
 
 
 def add(verbs: common.Verbs) -> None:
     """Add these verbs to the parser."""
-    common.add_verb(verbs, "prune", prune)
+    added = common.add_verb(verbs, "prune", prune)
+    added.add_argument("--until-free", type=_size, metavar="SIZE", help="no more than it takes to have so much free")
     common.add_verb(verbs, "check", check)
     added = common.add_verb(verbs, "init", init)
     added.add_argument("name", help="the tenant's name")

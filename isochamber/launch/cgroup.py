@@ -236,13 +236,19 @@ def _kill_one(pid: int) -> None:
 
 
 def _wait_until_empty(group: str) -> None:
-    """Return when cgroup.events says that nobody is in ``group``, or after a while; the caller finds out."""
+    """Return when nobody is in ``group``, or after a while; the caller finds out."""
+    wait_until(group, b"populated 0")
+
+
+def wait_until(group: str, words: bytes) -> bool:
+    """Return True when cgroup.events says ``words`` ("frozen 1"), False after a while. Raises OSError."""
     events = os.open(f"{group}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
     try:
         poller = select.poll()
         poller.register(events, select.POLLPRI)
-        while b"populated 1" in os.pread(events, 4096, 0):
+        while words not in os.pread(events, 4096, 0):
             if not poller.poll(_PATIENCE):
-                return
+                return False
+        return True
     finally:
         os.close(events)

@@ -62,7 +62,7 @@ def write(state: State, tid: str, used: Used) -> None:
     text = json.dumps({"period": used.period, "bytes": used.size, "warned": used.warned}) + "\n"
     try:
         if _path(state, tid).parent.is_dir():
-            durable.write_file(_path(state, tid), text.encode())
+            durable.write_file(_path(state, tid), text.encode(), staging=state.staging)
     except OSError as error:
         raise IsochamberError.from_os(error, stage="net", path=_path(state, tid)) from error
 

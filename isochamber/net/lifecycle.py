@@ -66,14 +66,14 @@ def delete(state: State, tenant: str, reporter: Reporter) -> None:
     gc.delete(state, tenant, reporter)
 
 
-def prune(state: State, spec: "Spec", reporter: Reporter) -> list[gc.Removed]:
+def prune(state: State, spec: "Spec", reporter: Reporter, *, until_free: int | None = None) -> list[gc.Removed]:
     """Remove what nothing refers to, the networks of orphaned tenants first. Raises IsochamberError."""
     if state.namespace is not None:
         wanted = {state.tid(name) for name in spec.tenants}
-        for tid, entry in registry.read(state).items():
+        for tid, entry in registry.read(state, salvage=True).items():
             if tid not in wanted and not records.held(tid):
                 remove(state, entry)
-    return gc.prune(state, spec, reporter)
+    return gc.prune(state, spec, reporter, until_free=until_free)
 
 
 def remove(state: State, entry: registry.Entry) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from doit.cmd_base import ModuleTaskLoader
 from doit.doit_cmd import DoitMain
 
+from isochamber.build import recover
 from isochamber.errors import EXIT_BAD_INPUT, EXIT_OURS, IsochamberError
 from isochamber.tasks import foreground, report
 from isochamber.tasks.dodo import load_pipeline, namespace
@@ -29,7 +30,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         # The project's own checks do not depend on anybody's tenants.
         only_checks = bool(argv) and all(word == "test" or word.startswith("test:") for word in argv)
-        tasks = namespace(None if only_checks else load_pipeline(only=_only_tenant(argv)))
+        pipeline = None if only_checks else load_pipeline(only=_only_tenant(argv))
+        if pipeline is not None and os.geteuid() == 0:
+            recover.clean(pipeline.state)
+        tasks = namespace(pipeline)
     except IsochamberError as error:
         for line in error.lines():
             sys.stderr.write(f"isochamber: {line}\n")

@@ -10,17 +10,21 @@ from doit.exceptions import TaskFailed
 
 _BIN = Path(sys.executable).parent
 
+_NOT_LONG = "not slow and not vm_all and not power and not crash and not chaos"
+
 # name, what for, command below .venv/bin
 _CHECKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("lint", "ruff: style and likely mistakes", ("ruff", "check", ".")),
     ("format", "ruff: layout", ("ruff", "format", "--check", ".")),
     ("types", "mypy --strict", ("mypy",)),
     ("contracts", "import-linter: who may import whom", ("lint-imports",)),
-    ("unit", "pytest: everything but the slow tests", ("pytest", "-m", "not slow and not vm_all and not power")),
+    ("unit", "pytest: everything but the slow tests", ("pytest", "-m", _NOT_LONG)),
 )
 _LONG: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("slow", "pytest: the tests that take minutes", ("pytest", "-m", "slow")),
     ("vm", "pytest: whole directories of tests on a second kernel", ("pytest", "-m", "vm or vm_all", "tests/vm")),
+    ("crash", "pytest: a cut and an error at every single system call", ("pytest", "-m", "crash", "tests/crash")),
+    ("chaos", "pytest: ten thousand operations with random kills", ("pytest", "-m", "chaos", "tests/crash")),
     ("power", "pytest: hundreds of power cuts of a virtual machine", ("pytest", "-m", "power", "tests/vm")),
 )
 

@@ -5,7 +5,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from isochamber.build import space
 from isochamber.build.pipeline import Pipeline
+from isochamber.errors import IsochamberError
 from isochamber.launch import command
 from isochamber.net import lifecycle
 from isochamber.serve import run as supervised
@@ -137,10 +139,22 @@ def delete_after_asking(pipeline: Pipeline, name: str, *, yes: bool = False) -> 
     lifecycle.delete(pipeline.state, name, pipeline.reporter)
 
 
-def prune(pipeline: Pipeline) -> None:
-    """Remove what nothing refers to, and print each thing with its size in bytes."""
+def prune(pipeline: Pipeline, *, until_free: int | None = None) -> None:
+    """Remove what nothing refers to, and print each thing with its size in bytes.
+
+    With ``until_free`` (bytes) no more than it takes; raises IsochamberError when all of it does not do.
+    """
     total = 0
-    for kind, name, size in lifecycle.prune(pipeline.state, pipeline.spec, pipeline.reporter):
-        sys.stdout.write(f"removed {kind} {name}: {size} bytes\n")
-        total += size
+    if until_free is None or space.free(pipeline.state.root)[0] < until_free:
+        for kind, name, size in lifecycle.prune(
+            pipeline.state, pipeline.spec, pipeline.reporter, until_free=until_free
+        ):
+            sys.stdout.write(f"removed {kind} {name}: {size} bytes\n")
+            total += size
     sys.stdout.write(f"{total} bytes freed\n")
+    left = space.free(pipeline.state.root)[0]
+    if until_free is not None and left < until_free:
+        raise IsochamberError(
+            f"{left} bytes are free, and nothing is left to remove", stage="prune", path=pipeline.state.root,
+            hint="delete tenants, or give it a larger disk",
+        )  # fmt: skip

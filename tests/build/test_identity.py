@@ -74,8 +74,8 @@ def test_a_lost_part_is_made_again_with_the_same_range(state: State, lost: str) 
         directory = state.tenant_persist(who.tid) if part == "home" else state.tenant_fs(who.tid)
         shutil.rmtree(directory / part)
     if lost == "upper and workdir":
-        (state.tenant_fs(who.tid) / "upper.former").mkdir()
-        os.chown(state.tenant_fs(who.tid) / "upper.former", who.uid_base, who.uid_base)
+        (state.tenant_fs(who.tid) / "upper.b").mkdir()
+        os.chown(state.tenant_fs(who.tid) / "upper.b", who.uid_base, who.uid_base)
     assert identity.find(state, "one") is None
     assert identity.ensure(state, "one") == who
     assert identity.find(state, "one") == who

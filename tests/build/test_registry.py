@@ -93,20 +93,28 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("kind", DAMAGED)
-def test_a_damaged_file_is_one_line_that_says_how_to_get_it_back_and_is_never_overwritten(
+def test_a_damaged_file_is_one_line_that_says_how_to_get_it_back_and_is_put_aside_by_the_next_write(
     state: State, kind: str
 ) -> None:
     state.containers.write_bytes(DAMAGED[kind])
-    for attempt in (
-        lambda: registry.read(state),
-        lambda: registry.put(state, _entry(1)),
-        lambda: registry.remove(state, _entry(1)["tid"]),
-    ):
-        with pytest.raises(IsochamberError, match="is damaged") as caught:
-            attempt()
-        assert "delete it and run ./doit" in caught.value.line()
+    with pytest.raises(IsochamberError, match="is damaged") as caught:
+        registry.read(state)
+    assert "run ./doit" in caught.value.line()
+    assert registry.read(state, salvage=True) == {}
     assert state.containers.read_bytes() == DAMAGED[kind]
-    assert registry.read(state, damaged_is_empty=True) == {}
+    registry.put(state, _entry(1))
+    assert list(registry.read(state).values()) == [_entry(1)]
+    assert (state.root / "containers.json.damaged").read_bytes() == DAMAGED[kind]
+
+
+def test_of_a_damaged_file_the_entries_on_whole_lines_are_kept(state: State) -> None:
+    for number in range(3):
+        registry.put(state, _entry(number, name=f"t{number}"))
+    lines = state.containers.read_bytes().splitlines(keepends=True)
+    state.containers.write_bytes(b"".join(lines[:2]) + lines[2][:40] + b"\0\0\n" + b"".join(lines[3:]))
+    assert {entry["name"] for entry in registry.read(state, salvage=True).values()} == {"t0", "t2"}
+    registry.put(state, _entry(1, name="t1"))
+    assert {entry["name"] for entry in registry.read(state).values()} == {"t0", "t1", "t2"}
 
 
 def test_a_symlink_for_the_file_is_not_followed(state: State, tmp_path: Path) -> None:

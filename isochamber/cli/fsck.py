@@ -1,0 +1,76 @@
+"""The verbs that look after what is on disk: fsck and rollback."""
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import TYPE_CHECKING
+
+from isochamber.cli import common
+from isochamber.errors import IsochamberError, printable
+
+if TYPE_CHECKING:
+    from isochamber.build.fsck import Finding
+    from isochamber.build.state import State
+
+
+def fsck(arguments: argparse.Namespace) -> int:
+    """Check everything in the state directory, name what is broken; 1 when something is and stays so."""
+    from isochamber.build import fsck as checking  # noqa: PLC0415
+
+    state = common.state_of(arguments)
+    found = checking.check(state, deep=arguments.deep)
+    left = found
+    if found and arguments.repair:
+        checking.repair(state, found)
+        _make_anew(arguments)
+        left = checking.check(state, deep=arguments.deep)
+    _tell(arguments, state, found, left)
+    return 1 if left else 0
+
+
+def _make_anew(arguments: argparse.Namespace) -> None:
+    """Build what was removed for the tenants of tenants.yaml; when that can't be read, ./doit says so too."""
+    try:
+        pipeline = common.pipeline(arguments)
+        for name, tenant in pipeline.spec.tenants.items():
+            if pipeline.configured(name) and pipeline.home_current(name):
+                continue
+            pipeline.make_base(tenant.base)
+            pipeline.make_dirs(name)
+            pipeline.make_layer(name)
+            pipeline.make_home(name)
+            pipeline.configure(name)
+    except IsochamberError as error:
+        sys.stderr.write(f"isochamber: {error.line()}\n")
+
+
+def _tell(arguments: argparse.Namespace, state: "State", found: "list[Finding]", left: "list[Finding]") -> None:
+    if arguments.json:
+        rows = [{**dataclasses.asdict(finding), "repaired": finding not in left} for finding in found]
+        rows += [{**dataclasses.asdict(finding), "repaired": False} for finding in left if finding not in found]
+        common.say(json.dumps({"clean": not left, "findings": rows}, indent=2))
+        return
+    for finding in dict.fromkeys([*found, *left]):
+        common.say(f"{'repaired: ' if finding not in left else ''}{printable(finding.line())}")
+    common.say(
+        f"{printable(state.root)}: {len(left)} broken" if left else f"{printable(state.root)}: nothing is broken"
+    )
+
+
+def rollback(arguments: argparse.Namespace) -> int:
+    """Give a tenant its former layers and root file system again, in one step; /home stays."""
+    from isochamber.build import entry  # noqa: PLC0415
+
+    now = entry.rollback(common.state_of(arguments), arguments.tenant)
+    common.say(f"{printable(now['name'])}: back on {', '.join(lower.split('/')[1] for lower in now['lowers'])}")
+    return 0
+
+
+def add(verbs: common.Verbs) -> None:
+    """Add these verbs to the parser."""
+    added = common.add_verb(verbs, "fsck", fsck)
+    added.add_argument("--deep", action="store_true", help="read every file of every base and layer")
+    added.add_argument("--repair", action="store_true", help="remove what is broken, and make only that anew")
+    added.add_argument("--json", action="store_true")
+    common.add_verb(verbs, "rollback", rollback).add_argument("tenant", help="name or tid")

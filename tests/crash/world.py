@@ -1,0 +1,247 @@
+"""A state directory small enough to be made a thousand times: the real code over a stand-in for mmdebstrap."""
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from isochamber.build import backup, bootstrap, durable, entry, fsck, gc, identity, manifest, recover, registry
+from isochamber.build import restore as restoring
+from isochamber.build.pipeline import Pipeline
+from isochamber.build.progress import Reporter
+from isochamber.spec import load
+
+# What stands in for mmdebstrap: a shell and what it needs, so that a real install script runs over it.
+STAND_IN = """\
+#!/bin/sh
+set -e
+for last; do target=$before; before=$last; done
+mkdir -p "$target/etc/apt/apt.conf.d" "$target/usr/bin" "$target/usr/sbin" "$target/var/log" "$target/tmp" "$target/dev"
+for name in proc sys run tmp home root; do mkdir -p "$target/$name"; done
+ln -s usr/bin "$target/bin"
+cp /bin/dash "$target/usr/bin/sh"
+for library in $(ldd /bin/dash | grep -o '/[^ ]*'); do
+    mkdir -p "$target/${library%/*}"
+    cp "$library" "$target/$library"
+done
+echo bookworm > "$target/etc/debian_version"
+echo log > "$target/var/log/bootstrap.log"
+"""
+SCRIPT = "#!/bin/sh\nset -e\nread line < /home/settings\necho $line > /etc/made\necho left > /home/left\n"
+PROGRAM = "#!/bin/sh\necho here\n"
+KEPT = ("base_fs", "layers", "tenants_fs", "tenants_persist")
+UID_FILES = "lowers"
+
+
+class World:
+    """tenants.yaml, two packages and a state directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.root = directory / "state"
+        self.file = directory / "tenants.yaml"
+        self.tools = directory / "tools"
+        self.backups = directory / "backups"
+
+    def make(self) -> None:
+        """Write everything but the state directory."""
+        self.tools.mkdir(parents=True)
+        self.backups.mkdir()
+        tool = self.tools / "mmdebstrap"
+        tool.write_text(STAND_IN)
+        tool.chmod(0o755)
+        self.file.write_text(
+            f"root: {self.root}\ndefaults: {{ipc: none}}\nbases: {{default: {{}}}}\n"
+            "tenants:\n  sensor: {package: packages/sensor}\n  plain: {package: packages/plain}\n"
+        )
+        for name, script in (("sensor", SCRIPT), ("plain", "")):
+            progs = self.directory / "packages" / name / "progs"
+            progs.mkdir(parents=True)
+            config = {"tid": "", "cname": name, "dependencies": "/home/deps.sh" if script else "", "init": "/home/main"}
+            (progs.parent / "config.json").write_text(json.dumps(config))
+            (progs / "main").write_text(PROGRAM)
+            (progs / "main").chmod(0o755)
+            (progs / "data").mkdir()
+            (progs / "data/one").write_text("one\n")
+            if script:
+                (progs / "settings").write_text("rate=1\n")
+                (progs / "deps.sh").write_text(script)
+                (progs / "deps.sh").chmod(0o755)
+
+    def pipeline(self) -> Pipeline:
+        """Return a fresh one, quiet, with the stand-in in front of the real tool."""
+        bootstrap_environment = bootstrap.environment
+
+        def environment(settings: Path) -> dict[str, str]:
+            found = bootstrap_environment(settings)
+            return {**found, "PATH": f"{self.tools}:{found['PATH'].removeprefix(f'{self.tools}:')}"}
+
+        if not hasattr(bootstrap, "stood_in"):
+            bootstrap.environment = environment
+            bootstrap.stood_in = True  # type: ignore[attr-defined] # a mark of ours
+        return Pipeline(load.load(self.file), Reporter(quiet=True))
+
+    def copy(self, to: Path) -> "World":
+        """Return a copy at ``to``, state directory included; large files are hard links, which nobody writes to."""
+        other = World(to)
+        to.mkdir()
+        for name in ("tools", "packages"):
+            shutil.copytree(self.directory / name, to / name)
+        other.file.write_text(self.file.read_text().replace(str(self.root), str(other.root)))
+        for name in ("state", "backups"):
+            if (self.directory / name).exists():
+                subprocess.run(["cp", "-a", self.directory / name, to / name], check=True)
+        return other
+
+    def change(self, rate: int = 2) -> None:
+        """Change what the install script reads: another layer, and a fresh upper over it."""
+        (self.directory / "packages/sensor/progs/settings").write_text(f"rate={rate}\n")
+
+    def snapshot(self) -> dict[str, str]:
+        """Return what the state directory holds, times and inode numbers left out."""
+        found = {}
+        for name in KEPT:
+            for line in manifest.describe(self.root / name).lines.decode().splitlines():
+                fields = json.loads(line)
+                found[f"{name}/{fields[0]}"] = line
+        file = self.root / "containers.json"
+        for each in json.loads(file.read_text()) if file.exists() else ():
+            found[f"entry of {each['name']}"] = json.dumps({**each, "package": "", "digest": ""})
+        for name in [name for name in found if name.endswith(("/namespace", "/former.json"))]:
+            found[name] = "there"  # a random number; entries, which name where their package lies
+        return found
+
+    def leftovers(self) -> list[str]:
+        """Return names of stages that are still there."""
+        found = [str(path) for path in (self.root / "staging").iterdir()]
+        places = [self.root, *(self.root / name for name in KEPT), *self.root.glob("tenants_*/*")]
+        return found + [str(path) for place in places for path in place.glob(".tmp-*")]
+
+
+# What a step does. Each is called in a process of its own, and may be cut anywhere and called again.
+
+
+def base(world: World) -> None:
+    world.pipeline().make_base("default")
+
+
+def layer(world: World) -> None:
+    pipeline = world.pipeline()
+    pipeline.make_dirs("sensor")
+    pipeline.make_layer("sensor")
+
+
+def home(world: World) -> None:
+    world.pipeline().make_home("sensor")
+
+
+def configure(world: World) -> None:
+    """doit, all of it: whatever is missing."""
+    pipeline = world.pipeline()
+    recover.clean(pipeline.state)
+    for name, tenant in pipeline.spec.tenants.items():
+        if not pipeline.base_current(tenant.base):
+            pipeline.make_base(tenant.base)
+        if pipeline.identity_of(name) is None:
+            pipeline.make_dirs(name)
+        if not pipeline.layer_current(name):
+            pipeline.make_layer(name)
+        if not pipeline.home_current(name):
+            pipeline.make_home(name)
+        if not pipeline.configured(name):
+            pipeline.configure(name)
+
+
+def delete(world: World) -> None:
+    pipeline = world.pipeline()
+    recover.clean(pipeline.state)
+    if gc.known_tid(pipeline.state, "sensor") is not None:
+        gc.delete(pipeline.state, "sensor", pipeline.reporter)
+
+
+def prune(world: World) -> None:
+    pipeline = world.pipeline()
+    gc.prune(pipeline.state, pipeline.spec, pipeline.reporter)
+
+
+def save(world: World) -> None:
+    backup.backup(world.pipeline().state, "sensor", world.backups / "sensor")
+
+
+def restore(world: World) -> None:
+    restoring.restore(world.pipeline().state, world.backups / "sensor", replace=True)
+
+
+def rollback(world: World) -> None:
+    pipeline = world.pipeline()
+    tid = pipeline.state.tid("sensor")
+    if entry.slot_of(registry.read(pipeline.state)[tid]) == identity.SLOTS[1]:  # going back twice would go forth
+        entry.rollback(pipeline.state, "sensor")
+
+
+def check(world: World) -> None:
+    found = fsck.check(world.pipeline().state, deep=True)
+    if found:
+        raise AssertionError("; ".join(finding.line() for finding in found))
+
+
+def changed(world: World) -> None:
+    """Another layer, and a fresh upper over it."""
+    world.change()
+    configure(world)
+
+
+def everything(world: World) -> None:
+    """All of it in one process, with a mark in the trace wherever success would be said."""
+    for step in (base, layer, home, configure, save, changed, rollback, restore, prune, delete):
+        step(world)
+        _say_success()
+    _alone(world.root)
+
+
+def _alone(root: Path) -> None:
+    """What else the durable module offers, each with nothing after it that would sync in its place."""
+    durable.make_directories(root / "tenants_fs/alone/below")
+    _say_success()
+    durable.write_file(root / "tenants_fs/alone/file", b"once\n", exclusive=True, staging=root / "staging")
+    _say_success()
+    durable.remove_file(root / "tenants_fs/alone/file")
+    _say_success()
+    stage = root / "staging/.tmp-alone"
+    stage.mkdir()
+    (stage / "file").touch()
+    durable.commit_tree(stage, root / "tenants_fs/alone/tree")
+    _say_success()
+
+
+def _say_success() -> None:
+    os.close(os.open(os.devnull, os.O_RDONLY | os.O_CREAT))
+
+
+STEPS = {
+    function.__name__: function
+    for function in (base, layer, home, configure, changed, delete, prune, save, restore, rollback, check, everything)
+}
+
+
+def again(name: str, world: World) -> None:
+    """What ./doit does first, and then the step once more."""
+    recover.clean(world.pipeline().state)
+    STEPS[name](world)
+
+
+def run_step(name: str, directory: str, case: str = "") -> int:
+    """Do one step; returns 0, 125 after an error of ours (told on stderr), and lets everything else through."""
+    from isochamber.errors import IsochamberError
+
+    world = World(Path(directory))
+    try:
+        if name == "again":
+            again(case, world)
+        else:
+            STEPS[name](world)
+    except IsochamberError as error:
+        os.write(2, f"{error.line()}\n".encode())
+        return 125
+    return 0
