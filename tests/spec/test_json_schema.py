@@ -137,8 +137,12 @@ def _leaves(name: str) -> Iterator[tuple[str, dict[str, Any], Any]]:
     yield from walk(dict(validate.schema(name)), "", lambda value: {**minimal, **value})
 
 
+# A tenant's keys are those of defaults, by an anchor of the schema's: tried once.
 _LEAVES = {
-    f"{name}: {trail}": (name, rule, put) for name in ("tenants", "config") for trail, rule, put in _leaves(name)
+    f"{name}: {trail}": (name, rule, put)
+    for name in ("tenants", "config")
+    for trail, rule, put in _leaves(name)
+    if trail == "tenants.NAME.package" or not trail.startswith("tenants.NAME.")
 }
 
 
@@ -147,7 +151,7 @@ def test_both_agree_on_every_key(leaf: str) -> None:
     """Every rule by itself, so that one key's mistake can't hide another's."""
     name, rule, put = _LEAVES[leaf]
 
-    @settings(PROPERTY, max_examples=40)
+    @settings(PROPERTY, max_examples=30)
     @given(_near(rule))
     def agree(value: object) -> None:
         _agree(name, put(value))
