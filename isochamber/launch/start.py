@@ -85,7 +85,7 @@ class Prepared:
             self.host_namespaces = verify.namespaces()
         except BaseException:
             self.close()  # who holds many tenants can't afford a descriptor a failure
-            os.close(self.lock)
+            records.unlock(self.lock)
             raise
 
     def close(self) -> None:

@@ -59,7 +59,10 @@ def _end(record: records.Record, grace_seconds: float) -> None:
 
 def _wait_for_record(tid: str, record: records.Record) -> None:
     """Return when a keeper of many has cleaned up after this tenant: nothing says when, but it takes milliseconds."""
-    while (now := records.read(tid)) is not None and now.start_time == record.start_time and records.held(tid):
+    while records.held(tid):
+        now = records.read(tid)
+        if now is not None and now.start_time != record.start_time:
+            break  # started again already
         select.select([], [], [], _A_MOMENT)
 
 

@@ -8,7 +8,7 @@ import stat
 import time
 
 from isochamber.errors import EXIT_BAD_INPUT, IsochamberError
-from isochamber.launch import cgroup, keeper
+from isochamber.launch import cgroup, keeper, records
 from isochamber.launch.lean import signal
 from isochamber.serve import journal
 
@@ -132,7 +132,7 @@ class Held:
         try:
             keeper.clean(prepared)
         finally:
-            os.close(prepared.lock)
+            records.unlock(prepared.lock)
 
     def close(self) -> None:
         """Close everything of it that is still open."""

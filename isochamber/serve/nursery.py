@@ -46,7 +46,7 @@ class Nursery:
         self._actions: dict[int, Callable[[int], None]] = {}
         self._held: dict[str, Held] = {}
         self._number = 0
-        self._over = False
+        self._over = self._round_is_over = False
         self._own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._own_pid = int(os.readlink("/proc/self"))  # as the host counts
         self._orders: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
@@ -67,16 +67,18 @@ class Nursery:
     def _unwatch(self, descriptor: int, held: Held | None = None) -> None:
         if self._actions.pop(descriptor, None) is not None:
             self._epoll.unregister(descriptor)
+            self._round_is_over = True
         if held is not None:
             held.fds.discard(descriptor)
 
     def run(self) -> None:
         """Keep tenants until told to quit."""
         while not self._over:
+            self._round_is_over = False
             for descriptor, happened in self._epoll.poll():
-                action = self._actions.get(descriptor)
-                if action is not None:  # what an earlier one of this round has closed is passed over
-                    action(happened)
+                self._actions[descriptor](happened)
+                if self._round_is_over:
+                    break  # a number may stand for something else by now; what is left over is told again
 
     def _accept(self, _happened: int) -> None:
         descriptor, _ = self._listener._accept()  # type: ignore[attr-defined] # what socket.accept is made of

@@ -18,6 +18,7 @@ from isochamber.serve.supervisor import Supervisor
 
 VERSION = 1  # of the protocol with clients
 _LONGEST = 1 << 20  # bytes a request
+_PATIENCE = 5.0  # seconds for who is going to be refused
 _SO_PEERGROUPS = 59  # unix(7)
 
 
@@ -46,11 +47,13 @@ class Server:
                 refused = IsochamberError(
                     "you may not talk to the supervisor", stage="serve", hint="be root, or join its group"
                 )
+                async with asyncio.timeout(_PATIENCE):
+                    await connection.request()  # else it would write to a closed socket, and not hear why
                 await connection.answer({"error": link.told(refused)})
                 return
             while (request := await connection.request()) is not None:
                 await self._do(connection, request)
-        except (OSError, ValueError, asyncio.IncompleteReadError):
+        except (OSError, ValueError):
             pass  # it hung up, or speaks something else
         finally:
             connection.close()
@@ -170,7 +173,10 @@ def may_connect(end: socket.socket, group: int | None) -> bool:
         return True
     if group is None:
         return False
-    found = end.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1 << 16)
+    try:
+        found = end.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 1024)
+    except OSError:
+        return False  # ERANGE: in more than 256 groups, and not by its first
     return group in struct.unpack(f"={len(found) // 4}I", found)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
-from isochamber.launch import running, syscalls
+from isochamber.launch import cgroup, records, running, syscalls
 from isochamber.launch.lean import signal
 from isochamber.serve import containers, link, unit
 from isochamber.serve.containers import Containers, Raw
@@ -42,6 +42,7 @@ class Supervisor:
         self._execs: dict[str, asyncio.Future[Report]] = {}
         self._numbers = itertools.count(1)
         self._refill_task: asyncio.Task[None] | None = None
+        self._refill_wanted = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self._watches: dict[str, int] = {}
         self._starting = 0
@@ -65,6 +66,9 @@ class Supervisor:
         end, fresh = link.find_or_start()
         self.link = Link(end, self._report, self._nursery_gone)
         await self._ask({"do": "list"})
+        if fresh:
+            for raw in self.containers.all():
+                _clean_after_nursery(raw)
         return fresh
 
     def _take_over(self, one: Unit) -> None:
@@ -560,21 +564,28 @@ class Supervisor:
 
     def refill(self) -> None:
         """See to it, in a while, that a sandbox waits for every tenant that is to have one."""
+        self._refill_wanted = True
         if (self._refill_task is None or self._refill_task.done()) and not self._closing:
             self._refill_task = asyncio.get_running_loop().create_task(self._refill())
             self._tasks.add(self._refill_task)
             self._refill_task.add_done_callback(self._tasks.discard)
 
     async def _refill(self) -> None:
-        for raw in self._cold_ones():
-            while self._starting:
-                await asyncio.sleep(0.02)  # whoever waits for a start goes first
-            one = self.unit_of(raw["tid"], raw["name"])
-            try:
-                await self._ask({
-                    "do": "start", "kind": "warm", "root": self.root, "entry": raw, "digest": raw.get("digest"),
-                })  # fmt: skip
-            except IsochamberError as error:
+        while self._refill_wanted:
+            self._refill_wanted = False
+            for raw in tuple(self._cold_ones()):
+                while self._starting:
+                    await asyncio.sleep(0.02)  # whoever waits for a start goes first
+                one = self.unit_of(raw["tid"], raw["name"])
+                if not one.runs and one.warm is None:
+                    await self._warm_up(one, raw)
+
+    async def _warm_up(self, one: Unit, raw: Raw) -> None:
+        order = {"do": "start", "kind": "warm", "root": self.root, "entry": raw, "digest": raw.get("digest")}
+        try:
+            await self._ask(order)
+        except IsochamberError as error:
+            if not one.runs:  # else somebody was faster, and started it
                 one.warm_failed = raw.get("digest")
                 self.event("error", one, error=error.line())
 
@@ -599,3 +610,22 @@ class Supervisor:
 def log_directory(root: str, tid: str) -> str:
     """Return where a tenant's ring of logs lies."""
     return f"{root}/{paths.TENANTS_PERSIST}/{tid}/log"
+
+
+def _clean_after_nursery(raw: Raw) -> None:
+    """Remove what a nursery that was killed left of a tenant: its groups and its record; of one that runs, nothing."""
+    tid = raw["tid"]
+    if records.read(tid) is None:
+        return
+    try:
+        lock = records.lock(tid, raw["name"])
+    except IsochamberError:
+        return  # it runs in the foreground
+    try:
+        found = cgroup.trees()
+        cgroup.remove_all(cgroup.groups_of(tid, found.v1, found))
+        records.forget(tid)
+    except OSError:
+        pass  # the next start of the tenant tries again, and says so
+    finally:
+        os.close(lock)

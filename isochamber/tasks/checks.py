@@ -10,7 +10,7 @@ from doit.exceptions import TaskFailed
 
 _BIN = Path(sys.executable).parent
 
-_NOT_LONG = "not slow and not vm_all and not power and not crash and not chaos"
+_NOT_LONG = "not slow and not soak and not vm_all and not power and not crash and not chaos"
 
 # name, what for, command below .venv/bin
 _CHECKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -22,6 +22,7 @@ _CHECKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 _LONG: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("slow", "pytest: the tests that take minutes", ("pytest", "-m", "slow")),
+    ("soak", "pytest: 20,000 starts under the supervisor, killed 50 times", ("pytest", "-s", "-m", "soak")),
     ("vm", "pytest: whole directories of tests on a second kernel", ("pytest", "-m", "vm or vm_all", "tests/vm")),
     ("crash", "pytest: a cut and an error at every single system call", ("pytest", "-m", "crash", "tests/crash")),
     ("chaos", "pytest: ten thousand operations with random kills", ("pytest", "-m", "chaos", "tests/crash")),

@@ -1,11 +1,11 @@
 """A supervisor over tenants of its own, as a process, and what is left when it is gone."""
 
 import contextlib
+import hashlib
 import json
 import os
 import pty
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -48,7 +48,8 @@ class World:
     def write(self) -> None:
         stage = self.root / "containers.json.new"
         for tenant in self.tenants:
-            tenant.entry["digest"] = json.dumps({**tenant.entry, "digest": ""}, sort_keys=True)[-200:]
+            content = json.dumps({**tenant.entry, "digest": ""}, sort_keys=True)
+            tenant.entry["digest"] = hashlib.sha256(content.encode()).hexdigest()[:40]
         tenants.write_entries(stage, [tenant.entry for tenant in self.tenants])
         stage.rename(self.root / paths.CONTAINERS)
 
@@ -102,6 +103,7 @@ class World:
     def ask(self, verb: str, *names: str, descriptors: tuple[int, ...] = (), **more: Any) -> dict[str, Any]:
         """Ask as a client does; raises IsochamberError."""
         end = client.need()
+        end.settimeout(DEADLINE)
         try:
             tenant = {"tenants": list(names)} if names else {}
             return client.ask(end, {"verb": verb, **tenant, **more}, descriptors)
@@ -111,6 +113,7 @@ class World:
     def stream(self, verb: str, **more: Any) -> Generator[dict[str, Any], None, None]:
         """Yield the items of a stream; the connection closes with the generator."""
         end = client.need()
+        end.settimeout(DEADLINE)
         try:
             for answer in client.stream(end, {"verb": verb, **more}):
                 if "item" in answer:
@@ -233,6 +236,3 @@ class Terminal:
                 self.seen += data
         os.close(self.master)
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-
-
-SIGKILL = signal.SIGKILL
