@@ -29,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     foreground.take_over()
     try:
         # The project's own checks do not depend on anybody's tenants.
-        only_checks = bool(argv) and all(word == "test" or word.startswith("test:") for word in argv)
+        only_checks = bool(argv) and all(word in ("test", "benchmark") or word.startswith("test:") for word in argv)
         pipeline = None if only_checks else load_pipeline(only=_only_tenant(argv))
         if pipeline is not None and os.geteuid() == 0:
             recover.clean(pipeline.state)

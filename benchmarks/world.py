@@ -1,0 +1,111 @@
+"""What is measured: a state directory built by the project's own code, in a scratch directory of the run."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks import harness
+
+PROJECT = Path(__file__).parents[1]
+PROGRAMS = PROJECT / "benchmarks" / "programs"
+STAMP = "/usr/local/bin/stamp"
+
+_TENANTS = """\
+root: {root}
+defaults: {{ipc: {ipc}}}
+bases:
+  default:
+    files: {{{stamp}: {scratch}/stamp}}
+tenants:
+  bench: {{package: {scratch}/packages/bench}}
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    """A scratch directory with tenants.yaml, one package, the state directory and the compiled programs."""
+
+    scratch: Path
+    environment: dict[str, str]
+
+    @property
+    def root(self) -> Path:
+        """The state directory."""
+        return self.scratch / "state"
+
+    @property
+    def rootfs(self) -> Path:
+        """The Debian root that every peer gets too."""
+        return next((self.root / "base_fs").iterdir()) / "rootfs"
+
+    @property
+    def floor(self) -> Path:
+        """The compiled benchmarks/programs/floor.c."""
+        return self.scratch / "floor"
+
+    def python(self, module: str, *words: str) -> list[str]:
+        """Return the command that runs a module of the project."""
+        return [sys.executable, "-m", module, *words]
+
+    def doit(self, *words: str) -> None:
+        """Run the task graph; raises ValueError when it fails."""
+        harness.run(self.python("isochamber.tasks", *words), env=self.environment)
+
+    def directory(self, name: str) -> Path:
+        """Make a directory of the scratch directory."""
+        path = self.scratch / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+
+def write_package(directory: Path, init: str, progs: dict[str, str], script: str | None = None) -> None:
+    """Write a package with these programs, all executable, and an install script if one is given."""
+    (directory / "progs").mkdir(parents=True)
+    dependencies = "/home/install_deps.sh" if script else ""
+    (directory / "config.json").write_text(
+        f'{{"tid": "", "cname": "bench", "dependencies": "{dependencies}", "init": "{init}"}}\n'
+    )
+    for name, text in {**progs, **({"install_deps.sh": script} if script else {})}.items():
+        (directory / "progs" / name).write_text(text)
+        (directory / "progs" / name).chmod(0o755)
+
+
+@contextmanager
+def make() -> Iterator[World]:
+    """Build the world, once a benchmark; removed at the end."""
+    scratch = Path(tempfile.mkdtemp(prefix="isochamber-bench-", dir="/var/tmp"))
+    run = Path(tempfile.mkdtemp(prefix="isochamber-bench-", dir="/run"))
+    environment = {
+        **os.environ,
+        "ISOCHAMBER_RUN": str(run), "ISOCHAMBER_CGROUP": run.name,
+        "ISOCHAMBER_TENANTS": str(scratch / "tenants.yaml"), "ISOCHAMBER_ROOT": str(scratch / "state"),
+    }  # fmt: skip
+    world = World(scratch, environment)
+    try:
+        for name in ("stamp", "floor"):
+            harness.run(["gcc", "-O2", "-static", "-o", scratch / name, PROGRAMS / f"{name}.c"])
+        write_package(scratch / "packages" / "bench", STAMP, {}, "#!/bin/sh\necho layer > /etc/bench\n")
+        ipc = world.directory("ipc")
+        text = _TENANTS.format(root=world.root, scratch=scratch, stamp=STAMP, ipc=ipc)
+        (scratch / "tenants.yaml").write_text(text)
+        world.doit("configure:bench")
+        yield world
+    finally:
+        unmount_below(run)
+        unmount_below(scratch)
+        shutil.rmtree(run, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def unmount_below(directory: Path) -> None:
+    """Unmount everything below ``directory``, the last mounted first."""
+    targets = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for target in reversed(targets):
+        if target.startswith(f"{directory}/"):
+            subprocess.run(["umount", "--lazy", target], check=False)
