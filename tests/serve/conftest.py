@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from isochamber.build.state import State
 from tests.launch.tenants import Tenant
 from tests.serve.world import World
 
@@ -17,7 +18,7 @@ _numbers = itertools.count(5000)
 def serve_root(make_root: Callable[[], Path]) -> Path:
     """A state directory with a base; each test has its own tenants in it."""
     root = make_root()
-    (root / "layers").mkdir(exist_ok=True)
+    State(root).create()
     return root
 
 
