@@ -72,9 +72,14 @@ def stamp(site: Site) -> str:
 
 
 def shared_is_there(site: Site) -> bool:
-    """Say whether both tables were made from this version's text for this site."""
-    found = _list(f"chain inet {site.table} stamp-{stamp(site)}", f"chain bridge {site.table} port")
-    return found is not None
+    """Say whether both tables are there, made from this version's text for this site."""
+    found = {(item["table"]["family"], item["table"]["name"]) for item in _list("tables") or [] if "table" in item}
+    return {("inet", site.table), ("bridge", site.table), ("inet", _stamp_table(site))} <= found
+
+
+def _stamp_table(site: Site) -> str:
+    """Return the name of an empty table that is there as long as what it was put in with."""
+    return f"{site.table}-{stamp(site)}"
 
 
 def rebuild(plan: Plan, between: Iterable[str], facts: Callable[[Member], Facts]) -> None:
@@ -84,7 +89,7 @@ def rebuild(plan: Plan, between: Iterable[str], facts: Callable[[Member], Facts]
         return
     used = quotas(site)
     kept = set(between) | set(_between(site))
-    text = [_removal(site), rules.shared(site, kept), f"add chain inet {site.table} stamp-{stamp(site)}\n"]
+    text = [_removal(site), rules.shared(site, kept), f"add table inet {_stamp_table(site)}\n"]
     for member in plan.members.values():
         fact = facts(member)
         spent = max(fact.used, used.get(member.number, 0))
@@ -93,7 +98,13 @@ def rebuild(plan: Plan, between: Iterable[str], facts: Callable[[Member], Facts]
 
 
 def _removal(site: Site) -> str:
-    return "".join(
+    """Return the commands that remove the tables, there or not, and what earlier versions of them were stamped with."""
+    stale = [
+        f"delete table inet {item['table']['name']}\n"
+        for item in _list("tables") or []
+        if item.get("table", {}).get("name", "").startswith(f"{site.table}-")
+    ]
+    return "".join(stale) + "".join(
         f"add table {family} {site.table}\ndelete table {family} {site.table}\n" for family in ("inet", "bridge")
     )
 
@@ -103,14 +114,25 @@ def _between(site: Site) -> list[str]:
     return [name for item in found for name in item.get("set", {}).get("elem", ())]
 
 
-def put(site: Site, member: Member, facts: Facts) -> None:
-    """Add or replace one tenant's part as one transaction; the shared rules must be there. Raises IsochamberError."""
+def put(site: Site, member: Member, facts: Facts, *, known: bool = True) -> None:
+    """Add or replace one tenant's part as one transaction, unless it is there; the shared rules must be there.
+
+    ``known``: it was here before, maybe with other ports. Raises IsochamberError.
+    """
+    if rules.stamp(site, member, facts.resolvers) in _comments(site, member):
+        return
     used = quotas(site, member).get(member.number)
-    text = rules.drop_stale_ports(site, member, _published(site))
+    text = rules.drop_stale_ports(site, member, _published(site)) if known else ""
     text += rules.clear(site, member) + rules.add(
         site, member, facts.resolvers, facts.names, facts.used if used is None else used
     )
     _apply(text, member.name)
+
+
+def _comments(site: Site, member: Member) -> set[str]:
+    """Return the comments in the tenant's first chain; none when it is not there."""
+    listed = _list(f"chain inet {site.table} out-{member.number}") or []
+    return {item["rule"].get("comment", "") for item in listed if "rule" in item}
 
 
 def remove(site: Site, member: Member) -> None:
@@ -179,7 +201,7 @@ def differences(plan: Plan, facts: Callable[[Member], Facts]) -> dict[str, str]:
     found = _list(*listing)
     if found is None:
         return {"": "its nftables tables are gone"}
-    text = [rules.shared(site, _between(site)), f"add chain inet {site.table} stamp-{stamp(site)}\n"]
+    text = [rules.shared(site, _between(site))]
     for member in plan.members.values():
         fact = facts(member)
         text.append(rules.add(site, member, fact.resolvers, fact.names, 0))

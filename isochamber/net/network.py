@@ -58,8 +58,10 @@ class Network:
 
     def plan(self, extra: Iterable[Mapping[str, Any]] = ()) -> Plan:
         """Return the plan of containers.json, and of ``extra`` entries in place of theirs or besides."""
-        entries = {**registry.read(self._state), **{entry["tid"]: entry for entry in extra}}
-        return plan.make(entries.values())
+        return plan.make(self._entries(extra).values())
+
+    def _entries(self, extra: Iterable[Mapping[str, Any]] = ()) -> dict[str, Mapping[str, Any]]:
+        return {**registry.read(self._state), **{entry["tid"]: entry for entry in extra}}
 
     def facts(self, member: Member) -> Facts:
         """Return what the rules of ``member`` depend on besides its grant: resolvers, addresses, bytes used."""
@@ -84,26 +86,35 @@ class Network:
     def apply(self, tid: str, extra: Iterable[Mapping[str, Any]] = (), *, rebuild: bool = False) -> None:
         """Make the network of one tenant, and the shared part if it is missing, or to ``rebuild``."""
         with self._locked():
-            wanted = self.plan(extra)
+            entries = self._entries(extra)
+            wanted = plan.make(plan.around(entries, tid))
             member = wanted.members.get(tid)
             if member is None or wanted.site is None:
                 return
             shaping.check(member.rate, member.name)
-            if not self._ensure_shared(wanted, wanted.site, rebuild=rebuild):
+            if not self._ensure_shared(entries, wanted.site, rebuild=rebuild):
                 for each in (member, *(wanted.members[peer.tid] for peer in member.peers)):
-                    firewall.put(wanted.site, each, self.facts(each))
+                    self._put(entries, wanted.site, each)
             for peer in member.peers:
                 if os.path.exists(paths.network_file(peer.tid, "hosts")):  # noqa: PTH110 - names are texts here
                     self._write_names(wanted.members[peer.tid])
-            self._ensure_routing(wanted, wanted.site)
+            self._ensure_routing(entries, wanted.site)
             self._ensure_member(wanted.site, member)
 
-    def _ensure_shared(self, wanted: Plan, site: Site, *, rebuild: bool) -> bool:
+    def _put(self, entries: Mapping[str, Mapping[str, Any]], site: Site, member: Member) -> None:
+        """Put in a tenant's rules; when what is there is in the way (somebody's hand, a lost link), all of them."""
+        try:
+            known = links.find(self.netlink, member.port) is not None
+            firewall.put(site, member, self.facts(member), known=known)
+        except IsochamberError:
+            firewall.rebuild(plan.make(entries.values()), (), self.facts)
+
+    def _ensure_shared(self, entries: Mapping[str, Mapping[str, Any]], site: Site, *, rebuild: bool) -> bool:
         """Make tables and bridge; returns whether the tables were made anew, with every member in them."""
         links.check_collision(self.netlink, site)
         made = rebuild or not firewall.shared_is_there(site)
         if made:
-            firewall.rebuild(wanted, self._forwarding_is_new(site), self.facts)
+            firewall.rebuild(plan.make(entries.values()), self._forwarding_is_new(site), self.facts)
         links.ensure_bridge(self.netlink, site, self.host)
         return made
 
@@ -113,14 +124,14 @@ class Network:
             return []
         return [name for name in links.read(self.netlink) if name not in ("lo", site.bridge)]
 
-    def _ensure_routing(self, wanted: Plan, site: Site) -> None:
+    def _ensure_routing(self, entries: Mapping[str, Mapping[str, Any]], site: Site) -> None:
         """Switch forwarding on, and on the bridge routing to 127.0.0.1 only while a port is published there."""
         host.write_sysctl("net/ipv4/ip_forward", "1")
         if self.host.ipv6 and host.read_sysctl("net/ipv6/conf/all/forwarding") != "1":
             host.keep_router_advertisements()
             host.write_sysctl("net/ipv6/conf/all/forwarding", "1")
-        published = [port.address or "" for member in wanted.members.values() for port in member.ports]
-        loopback = any(address.startswith("127.") for address in published)
+        granted = [entry["net"] for entry in entries.values() if entry.get("net") is not None]
+        loopback = any((port[0] or "").startswith("127.") for net in granted for port in net["ports"])
         host.write_sysctl(f"net/ipv4/conf/{site.bridge}/route_localnet", "1" if loopback else "0")
 
     def _ensure_member(self, site: Site, member: Member) -> None:
@@ -155,7 +166,7 @@ class Network:
                 links.check_collision(self.netlink, wanted.site)
                 firewall.rebuild(wanted, self._forwarding_is_new(wanted.site), self.facts)
                 links.ensure_bridge(self.netlink, wanted.site, self.host)
-                self._ensure_routing(wanted, wanted.site)
+                self._ensure_routing(self._entries(), wanted.site)
                 for member in wanted.members.values():
                     if member.tid in wrong or "" in wrong:
                         self._ensure_member(wanted.site, member)

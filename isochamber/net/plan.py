@@ -101,6 +101,13 @@ def make(entries: Iterable[Mapping[str, Any]]) -> Plan:
         ) from error
 
 
+def around(entries: Mapping[str, Mapping[str, Any]], tid: str) -> list[Mapping[str, Any]]:
+    """Return the entry of ``tid`` and those of its peers: what its own part depends on."""
+    own = entries.get(tid)
+    wanted = set() if own is None or own.get("net") is None else {own["name"], *own["net"]["peers"]}
+    return [entry for entry in entries.values() if entry["name"] in wanted]
+
+
 def site(net: Mapping[str, Any]) -> Site:
     """Return what one ``net`` object says of the shared part."""
     return Site(

@@ -11,6 +11,7 @@ rules stay as they are.
 Everything a tenant sends is refused unless something here accepts it.
 """
 
+import hashlib
 import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -165,11 +166,19 @@ def _add(site: Site, member: Member, resolvers: tuple[str, ...], names: Addresse
     yield _quota(site, member, used)
     for chain, lines in _chains(site, member).items():
         yield f"add chain {table} {chain}-{number}"
-        for line in lines:
-            yield f"add rule {table} {chain}-{number} {line}"
+        for index, line in enumerate(lines):
+            signed = f' comment "{stamp(site, member, resolvers)}"' if (chain, index) == ("out", 0) else ""
+            yield f"add rule {table} {chain}-{number} {line}{signed}"
     yield from _elements("add", site, member)
     for name, key, value in published(member):
         yield f"add element {table} {name} {{ {key} : {value} }}"
+
+
+def stamp(site: Site, member: Member, resolvers: tuple[str, ...]) -> str:
+    """Return what the tenant's first rule carries: a digest of all of its part but what changes by itself."""
+    parts = [_chains(site, member), list(_elements("add", site, member)), list(published(member)), _limit(member)]
+    parts.append(granted(member, resolvers, {}))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _sets(site: Site, member: Member) -> Iterator[str]:
@@ -269,8 +278,8 @@ def regrant(site: Site, member: Member, resolvers: tuple[str, ...], names: Addre
 
 
 def _out(site: Site, member: Member) -> Iterator[str]:
-    """Yield the rules for what the tenant opens, most particular first; the first one carries the digest."""
-    yield f'add @opened4 {{ ip saddr ct count over {CONNECTIONS} }} drop comment "{member.digest}"'
+    """Yield the rules for what the tenant opens, most particular first."""
+    yield f"add @opened4 {{ ip saddr ct count over {CONNECTIONS} }} drop"
     yield f"add @opened6 {{ ip6 saddr ct count over {CONNECTIONS} }} drop"
     for peer in member.peers:
         yield f'oifname "{site.bridge}" ip daddr {peer.ipv4} accept'

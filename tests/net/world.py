@@ -233,6 +233,8 @@ def fresh_host(directory: Path) -> Iterator[World]:
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     syscalls.unshare(syscalls.CLONE_NEWNET)
     try:
+        # A fresh namespace inherits these from the machine, which may be anything.
+        Path("/proc/sys/net/ipv4/ip_forward").write_text("0")
         ip("link", "set", "lo", "up")
         world = World(directory)
         try:
