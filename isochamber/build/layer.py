@@ -105,7 +105,7 @@ def build(
         _require_space(state, tenant, former_product)
         try:
             stage = stack.enter_context(durable.staging_directory(state.staging, f"layer-{tenant.name}"))
-            sandbox = Sandbox(state, stage, who, base_product)
+            sandbox = Sandbox(state, stage, who, base_product, tenant.install_network, tenant.subnets)
             sandbox.make()
             staged.stage(tenant, shown, sandbox.home)
             watch = stack.enter_context(Watch(sandbox.home))

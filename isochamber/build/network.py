@@ -15,7 +15,7 @@ from isochamber.spec.model import Network, Subnets
 
 _PORT_NAME_MAX = 15  # IFNAMSIZ without its NUL
 _FIRST_HOST = 2  # after the network's own address and the gateway
-_BUILDS = 32_768  # an install script runs beside its tenant and has an address of its own
+BUILDS = 32_768  # an install script runs beside its tenant and has an address of its own
 
 
 def make(
@@ -28,7 +28,7 @@ def make(
     """
     if network.mode != "bridge":
         return None
-    number = (uid_base - identity.FIRST) // identity.UID_COUNT + _FIRST_HOST + (_BUILDS if build else 0)
+    number = (uid_base - identity.FIRST) // identity.UID_COUNT + _FIRST_HOST + (BUILDS if build else 0)
     ipv4, ipv6 = blocks(identifier, subnets)
     bridge = f"ic{identifier[:7]}"
     net: dict[str, Any] = {

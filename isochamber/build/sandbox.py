@@ -3,19 +3,21 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import filters, limits, process, registry
+from isochamber.build import filters, limits, network, process, registry
 from isochamber.build.entry import PATH
 from isochamber.build.identity import UID_COUNT, Identity, make_owned
 from isochamber.build.process import Outcome
 from isochamber.build.progress import Product
 from isochamber.build.state import State
 from isochamber.launch import capabilities, command, pins
-from isochamber.spec.model import Limits
+from isochamber.spec.model import Limits, Network, Subnets
 
 ENVIRONMENT = {
     "PATH": PATH,
@@ -36,6 +38,8 @@ class Sandbox:
     stage: Path
     who: Identity
     base_product: str
+    install_network: str = "host"
+    subnets: Subnets = field(default=Subnets())
 
     @property
     def upper(self) -> Path:
@@ -79,7 +83,27 @@ class Sandbox:
             return process.run(words, log=log, product=product, pass_fds=(plan,))
         finally:
             os.close(plan)
+            self._leave()
             pins.remove(self.tid)
+
+    def _net(self) -> dict[str, object] | None:
+        """Return the run's own network: all of the internet and the LAN, nothing of the host, nor of tenants."""
+        if self.install_network != "bridge":
+            return None
+        grant = Network(mode="bridge", egress_all=True)
+        identifier = self.state.identifier
+        return network.make(identifier, self.tid, self.who.uid_base, grant, self.subnets, build=True)
+
+    def _leave(self) -> None:
+        """Have the run's network removed, by a process of its own as the launcher had it made; raises OSError."""
+        net = self._net()
+        if net is None:
+            return
+        entry = {"tid": self.tid, "name": "", "uid_base": self.who.uid_base, "uid_count": UID_COUNT, "net": net}
+        subprocess.run(
+            [sys.executable, "-I", "-m", "isochamber", "--root", str(self.state.root), "net", "leave"],
+            input=json.dumps(entry).encode(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
+        )  # fmt: skip
 
     def _plan(self, argv: Sequence[str], env: Mapping[str, str], bounds: Limits, tenant: str) -> dict[str, object]:
         stage = self.state.relative(self.stage)
@@ -104,8 +128,8 @@ class Sandbox:
             "overlay": f"{stage}/overlay",
             "home": f"{stage}/home",
             "ipc": None,
-            "network": "host",
-            "net": None,
+            "network": self.install_network,
+            "net": self._net(),
             "capabilities": list(capabilities.INSTALL),
             "devices": [],
             "read_only": False,

@@ -1,4 +1,4 @@
-"""The verbs about tenants' networks: net ls, show, check, repair, account; and join, which the launcher calls."""
+"""The verbs about networks: net ls, show, check, repair, account; and join and leave, which are called for us."""
 
 import argparse
 import json
@@ -93,6 +93,14 @@ def join(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def leave(arguments: argparse.Namespace) -> int:
+    """Remove one network that no entry of containers.json names: an install script's, when it has ended."""
+    entry: dict[str, Any] = json.loads(sys.stdin.buffer.read(_ENTRY_MAX))
+    with _network(arguments) as network:
+        network.remove(entry)
+    return 0
+
+
 def add(verbs: common.Verbs) -> None:
     """Add these verbs to the parser, below ``net``."""
     text = "tenants' networks: what is in force, compared with the plan, repaired"
@@ -104,5 +112,5 @@ def add(verbs: common.Verbs) -> None:
     added = common.add_verb(below, "show", show)
     added.add_argument("tenant", help="name or tid")
     added.add_argument("--json", action="store_true")
-    for name, function in (("repair", repair), ("account", account), ("join", join)):
+    for name, function in (("repair", repair), ("account", account), ("join", join), ("leave", leave)):
         common.add_verb(below, name, function)

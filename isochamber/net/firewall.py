@@ -6,6 +6,7 @@ were written by the same nft.
 """
 
 import hashlib
+import ipaddress
 import json
 import re
 import subprocess
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from isochamber.build.network import BUILDS
 from isochamber.errors import IsochamberError
 from isochamber.net import host, rules
 from isochamber.net.plan import Member, Plan, Site
@@ -212,7 +214,7 @@ def differences(plan: Plan, facts: Callable[[Member], Facts]) -> dict[str, str]:
     by_value = {
         str(value): member.tid for member in plan.members.values() for value in (member.ipv4, member.ipv6, member.port)
     }
-    ours, theirs = (_parts(items or [], by_number, by_value) for items in (wanted, found))
+    ours, theirs = (_parts(items or [], by_number, by_value, site) for items in (wanted, found))
     return {
         tid: "its nftables rules are not as planned"
         for tid in sorted({*ours, *theirs})
@@ -221,7 +223,7 @@ def differences(plan: Plan, facts: Callable[[Member], Facts]) -> dict[str, str]:
 
 
 def _parts(
-    items: Iterable[Mapping[str, Any]], by_number: Mapping[str, str], by_value: Mapping[str, str]
+    items: Iterable[Mapping[str, Any]], by_number: Mapping[str, str], by_value: Mapping[str, str], site: Site
 ) -> dict[str, list[str]]:
     """Split a listing by tenant ("" is the shared part), without what differs from day to day."""
     parts: dict[str, list[str]] = {}
@@ -234,6 +236,8 @@ def _parts(
         thing = {key: value for key, value in raw.items() if key not in ("handle", "used")}
         name = thing.get("chain") if kind == "rule" else thing.get("name")
         number = str(name).rpartition("-")[2] if kind != "table" else ""
+        if number.isdecimal() and int(number) >= BUILDS:
+            continue  # an install script's, while it runs
         owner = by_number.get(number, "") if "-" in str(name) else ""
         elements = thing.pop("elem", []) if kind in ("set", "map") else []
         if thing.get("name") in rules.COUNTED:
@@ -241,9 +245,24 @@ def _parts(
         add(owner, [kind, thing])
         for element in elements:
             plain = _without_times(element)
+            if _is_of_a_build(plain, site):
+                continue
             holder = owner or _owner_of(plain, by_value)
             add(holder, [kind, thing["name"], plain])
     return {tid: sorted(lines) if tid else _in_order(lines) for tid, lines in parts.items()}
+
+
+def _is_of_a_build(element: Any, site: Site) -> bool:
+    """Say whether an element of a shared set is an install script's: by the address in it."""
+    if isinstance(element, str):
+        try:
+            address = ipaddress.ip_address(element)
+        except ValueError:
+            return False
+        block = site.gateway4.network if address.version == 4 else site.gateway6.network
+        return address in block and int(address) - int(block.network_address) >= BUILDS
+    values = element.get("concat", ()) if isinstance(element, dict) else element
+    return any(_is_of_a_build(value, site) for value in values) if isinstance(values, list) else False
 
 
 def _in_order(lines: list[str]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from isochamber import paths
 from isochamber.build import locks, registry
+from isochamber.build.network import BUILDS
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import join, pins
@@ -176,7 +177,7 @@ class Network:
     def _remove_strays(self, wanted: Plan, site: Site) -> None:
         ours = {member.port for member in wanted.members.values()}
         for name in links.read(self.netlink):
-            if name.startswith(site.ports) and name not in ours:
+            if _is_a_tenants(site, name) and name not in ours:
                 links.remove_port(self.netlink, site, name)
 
     # Looking.
@@ -195,7 +196,7 @@ class Network:
         found = firewall.differences(wanted, self.facts)
         devices = links.read(self.netlink)
         for name in devices:
-            if name.startswith(site.ports) and name not in {member.port for member in wanted.members.values()}:
+            if _is_a_tenants(site, name) and name not in {member.port for member in wanted.members.values()}:
                 found.setdefault("", f"{name} belongs to no tenant")
         bridge = devices.get(site.bridge)
         if bridge is None or not bridge.up or bridge.mac != site.mac:
@@ -325,6 +326,12 @@ class Network:
     def _forget_ready(self, tid: str) -> None:
         with suppress(FileNotFoundError):
             os.unlink(paths.network_file(tid, "network"))  # noqa: PTH108 - names are texts here
+
+
+def _is_a_tenants(site: Site, device: str) -> bool:
+    """Say whether a device is a port of a tenant; those of install scripts come and go with these."""
+    number = device.removeprefix(site.ports)
+    return number != device and not (number.isdecimal() and int(number) >= BUILDS)
 
 
 def _egress(member: Member) -> str:

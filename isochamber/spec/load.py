@@ -182,7 +182,7 @@ class _Loader:
             if found is not None:
                 place = self._document.places.get(("tenants", name))
                 network = self._networks.get(name, self._default_network)
-                yield name, _tenant(name, base, found, network, own, defaults, place)
+                yield name, _tenant(name, base, found, network, own, defaults, place, self._subnets)
 
     def _read_networks(self) -> None:
         """Read every tenant's grant, also with ``only``: ports and peers are a matter between tenants."""
@@ -259,6 +259,7 @@ def _tenant(
     own: Mapping[str, Any],
     defaults: Mapping[str, Any],
     place: Any,
+    subnets: Subnets,
 ) -> Tenant:
     ipc = own.get("ipc", defaults.get("ipc", "required"))
     return Tenant(
@@ -273,6 +274,8 @@ def _tenant(
         devices=grants.devices(own.get("devices", defaults.get("devices", []))),
         read_only={**defaults.get("filesystem", {}), **own.get("filesystem", {})}.get("read_only", False),
         install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},
+        install_network=own.get("install_network", defaults.get("install_network", "host")),
+        subnets=subnets,
         place=place,
     )
 

@@ -164,3 +164,36 @@ def test_a_port_that_is_taken_stops_configuring_and_nothing_is_changed(tasks: Ta
     assert "Traceback" not in done.stdout + done.stderr
     assert not (tasks.root / "containers.json").exists()
     assert "isochamber" not in w.nft("list", "ruleset")
+
+
+INSTALL = f"""\
+#!/bin/bash
+ask() {{
+    (exec 3<>"/dev/tcp/$1/7777" && read -r -u 3 line; echo "$2: $line") >> /etc/asked
+}}
+ask {w.OUTSIDE4} outside
+ask {w.ELSEWHERE4} elsewhere
+ask {w.HOST4} host
+ask {w.METADATA4} metadata
+ls /sys/class/net >> /etc/asked
+"""
+
+
+@pytest.mark.parametrize("network", ["bridge", "none", "host"])
+def test_an_install_script_has_the_network_it_was_granted_and_leaves_nothing_of_it(tasks: Tasks, network: str) -> None:
+    package = tasks.directory / "packages/installs"
+    write_package(package, {"dependencies": "/home/install.sh"}, {"main": "#!/bin/sh\n", "install.sh": INSTALL})
+    _grant(tasks, "")
+    lines = f"  installs: {{package: packages/installs, install_network: {network}}}\n"
+    tasks.tenants.write_text(tasks.tenants.read_text() + lines)
+    done = tasks.doit("install_deps:installs")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (layer,) = tasks.layers()
+    asked = (tasks.root / "layers" / layer / "rootfs/etc/asked").read_text().splitlines()
+    assert ("outside: outside " + w.HOST4 in asked) == (network != "none"), asked
+    assert (f"elsewhere: elsewhere {w.HOST4}" in asked) == (network != "none"), asked
+    for name in ("host", "metadata"):  # with the host's network: the control
+        assert any(line.startswith(f"{name}: {name} ") for line in asked) == (network == "host"), asked
+    assert ("eth0" in asked) == (network == "bridge"), asked
+    assert "isochamber" not in w.nft("list", "ruleset")
+    assert not any(name.startswith("ic") for _, name in socket.if_nameindex())
