@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -26,6 +27,7 @@ os.environ.setdefault("ISOCHAMBER_RUN", tempfile.mkdtemp(prefix="isochamber-benc
 from isochamber.launch import pins
 from isochamber.net import host
 from isochamber.net.network import Network
+from tests.launch.tenants import Tenant
 from tests.net import world as w
 
 RATES = (256_000, 2_000_000, 10_000_000, 100_000_000, 400_000_000)
@@ -96,8 +98,7 @@ def iperf(namespace: int, address: str, port: int = 5201) -> Iterator[None]:
         words = ["iperf3", "-s", "--forceflush", "-B", address, "-p", str(port)]
         server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     with server:
-        assert server.stdout is not None
-        next(line for line in server.stdout if "listening" in line)
+        next(line for line in server.stdout or () if "listening" in line)
         yield
         server.kill()
 
@@ -133,8 +134,6 @@ def sharing(seconds: int) -> Iterator[Row]:
 
 
 def _both(world: w.World, seconds: int, *, down: bool) -> list[float]:
-    import threading
-
     got: dict[str, float] = {}
 
     def run(name: str, port: int) -> None:
@@ -225,8 +224,6 @@ def _by_hand_routed(world: w.World) -> Iterator[int]:
 
 def starts(rounds: int) -> Iterator[Row]:
     """Yield the time of a whole start of /bin/true, without a network, with one, and with one to be made first."""
-    from tests.launch.tenants import Tenant
-
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:
         root = Path(directory) / "state"
         base = _base(root, Path(directory))
