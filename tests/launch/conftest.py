@@ -17,7 +17,8 @@ _numbers = itertools.count(1)
 def launch_root(make_root: Callable[[], Path]) -> Path:
     """A state directory with a base, for all of these tests; each makes tenants of its own in it."""
     root = make_root()
-    (root / "layers").mkdir(exist_ok=True)
+    for name in ("layers", "staging"):
+        (root / name).mkdir(exist_ok=True)
     return root
 
 
