@@ -92,6 +92,14 @@ def _project_tree(tree: Path, kernel: Kernel) -> None:
     (tree / "usr/sbin").mkdir(parents=True)
     shutil.copyfile(GUEST / "init.sh", tree / "usr/sbin/isochamber-guest")
     (tree / "usr/sbin/isochamber-guest").chmod(0o755)
+    # For the tests of power cuts: a base of one program.
+    for source, target in (
+        (GUEST / "mmdebstrap", tree / "usr/local/bin/mmdebstrap"),
+        (kernel.busybox, tree / "usr/lib/isochamber-guest/busybox"),
+    ):
+        target.parent.mkdir(parents=True)
+        shutil.copyfile(source, target)
+        target.chmod(0o755)
 
 
 def _layer(root: Path, directory: Path) -> tuple[Path, Path]:

@@ -52,6 +52,7 @@ class Machine:
     cpus: int = 2
     command_line: str = ""
     boots: int = 0
+    was_cut: bool = False
     _process: "subprocess.Popen[bytes] | None" = None
     _channel: socket.socket | None = None
     _buffer: bytearray = field(default_factory=bytearray)
@@ -112,6 +113,7 @@ class Machine:
                 stderr=said, env={**os.environ, "TMPDIR": str(self.directory)}, start_new_session=True,
             )  # fmt: skip
         self.boots += 1
+        self.was_cut = False
         try:
             message = self._message(time.monotonic() + deadline)
         except MachineError:
@@ -119,13 +121,18 @@ class Machine:
             raise
         assert "ready" in message, message
 
-    def kill(self) -> None:
-        """Cut the power; nothing is said to the guest. Fine when it is off."""
+    def cut(self) -> None:
+        """Cut the power; what the guest had written to its port until then can still be read. Fine when it is off."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+            self.was_cut = True
+
+    def kill(self) -> None:
+        """Cut the power and forget the rest; nothing is said to the guest."""
+        self.cut()
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -159,11 +166,16 @@ class Machine:
         cwd: str = "/",
         timeout: float,
         said: dict[str, list[str]] | None = None,
+        direct: bool = False,
     ) -> Iterator[tuple[str, str]]:
-        """Yield ("out" or "err", text) as the command writes, then ("status", number); raises MachineError."""
+        """Yield ("out" or "err", text) as the command writes, then ("status", number); raises MachineError.
+
+        With ``direct`` the command's standard output is the port itself: it writes the agent's messages, and each
+        has arrived when its write returns.
+        """
         texts = {"out": [], "err": []} if said is None else said
         deadline = time.monotonic() + timeout
-        job = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd}
+        job = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "direct": direct}
         self._send(json.dumps(job).encode() + b"\n")
         while True:
             try:

@@ -1,8 +1,8 @@
 """Inside the guest: runs the commands that come over the virtio port, and sends back what they write.
 
-One JSON object a line. Here: ``{"argv": [...], "env": {...}, "cwd": "/"}``. Back:
+One JSON object a line. Here: ``{"argv": [...], "env": {...}, "cwd": "/", "direct": false}``. Back:
 ``{"ready": 1}`` once, then for each command any number of ``{"out": "..."}`` and
-``{"err": "..."}`` (bytes as Latin-1) and one ``{"status": n}``.
+``{"err": "..."}`` (bytes as Latin-1) and one ``{"status": n}``. A direct command writes such messages itself.
 """
 
 import glob
@@ -33,18 +33,18 @@ def send(host: BinaryIO, **message: Any) -> None:
 
 def run(host: BinaryIO, job: dict[str, Any]) -> None:
     """Run one command to its end, its output passed on as it comes."""
+    direct = bool(job.get("direct"))
     environment = {**os.environ, **job.get("env", {})}
     try:
         process = subprocess.Popen(
             job["argv"], env=environment, cwd=job.get("cwd", "/"), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+            stdout=host if direct else subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
     except OSError as error:
         send(host, err=f"{error}\n", status=127)
         return
-    assert process.stdout is not None
-    assert process.stderr is not None
-    kinds = {process.stdout.fileno(): "out", process.stderr.fileno(): "err"}
+    pipes = {"out": process.stdout, "err": process.stderr}
+    kinds = {pipe.fileno(): kind for kind, pipe in pipes.items() if pipe is not None}
     poller = select.poll()
     for descriptor in kinds:
         poller.register(descriptor, select.POLLIN)
@@ -57,8 +57,9 @@ def run(host: BinaryIO, job: dict[str, Any]) -> None:
                 poller.unregister(descriptor)
                 del kinds[descriptor]
     send(host, status=process.wait())
-    process.stdout.close()
-    process.stderr.close()
+    for pipe in pipes.values():
+        if pipe is not None:
+            pipe.close()
 
 
 def main() -> None:
