@@ -8,11 +8,12 @@ cache/), every ``make_*`` does the work and may be called again.
 from collections.abc import Mapping
 from pathlib import Path
 
-from isochamber.build import base, contents, entry, filters, home, identity, layer, locks, registry
+from isochamber.build import base, contents, durable, entry, filters, home, identity, layer, locks, registry
 from isochamber.build.identity import Identity
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
+from isochamber.spec import learned
 from isochamber.spec.model import Base, Package, Spec, Tenant
 
 
@@ -145,9 +146,27 @@ class Pipeline:
 
     # filters, a part of configure: they take milliseconds, and every tenant without grants shares its own
 
-    def filters_of(self, name: str) -> filters.Wanted:  # noqa: ARG002 - what was learned comes from here
-        """Return the system call filters that the tenant is to have now."""
-        return filters.Wanted(filters.default())
+    def learned_file(self, name: str) -> Path:
+        """Return where the tenant's learned list is, or will be."""
+        return self.state.tenant_persist(self._require_identity(name).tid) / learned.FILE
+
+    def filters_of(self, name: str) -> filters.Wanted:
+        """Return the system call filters that the tenant is to have now; raises SpecError for a wrong learned list."""
+        grants = self.tenant(name).seccomp
+        known = learned.read(self.learned_file(name)) or learned.Learned()
+        approved = grants.approved | known.approved
+        if grants.mode == "none" or not known.calls:
+            return filters.Wanted(filters.default(approved))
+        return filters.Wanted(filters.default(approved), filters.learned(known, approved, grants.mode), grants.mode)
+
+    def learn(self, name: str, found: learned.Learned) -> None:
+        """Write the tenant's learned list and make its entry of it; raises IsochamberError (stage "learn")."""
+        path = self.learned_file(name)
+        try:
+            durable.write_file(path, learned.text(found, name).encode(), staging=self.state.staging)
+        except OSError as error:
+            raise IsochamberError.from_os(error, stage="learn", tenant=name, path=path) from error
+        self.configure(name)
 
     # configure
 

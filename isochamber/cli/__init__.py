@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from isochamber import __version__
-from isochamber.cli import backup, enter, fsck, host, life, look, net, serve, tenants
+from isochamber.cli import backup, enter, fsck, host, learn, life, look, net, serve, tenants
 from isochamber.errors import EXIT_OURS, IsochamberError
 
 
@@ -22,7 +22,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--root", help="the state directory (default: $ISOCHAMBER_ROOT, else root: in tenants.yaml)")
     verbs = made.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    for group in (tenants, host, fsck, backup, net, serve, life, look, enter):
+    for group in (tenants, host, fsck, backup, net, serve, life, look, enter, learn):
         group.add(verbs)
     return made
 

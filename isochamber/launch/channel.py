@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _socket
+import errno
 import os
 import struct
 
@@ -42,6 +43,21 @@ def send_started(end: _socket.socket, pidfd: int) -> None:
 def send_terminal(end: _socket.socket, master: int) -> None:
     """Hand over the master of the tenant's terminal."""
     _send(end, Word.TERMINAL, master)
+
+
+def send_listener(end: _socket.socket, descriptor: int) -> None:
+    """Say which descriptor of ours is the listener, and wait until the launcher has a copy of it; raises OSError.
+
+    By write(2) and read(2) alone: this process is filtered by now.
+    """
+    _send(end, Word.LISTENER + str(descriptor).encode())
+    if os.read(end.fileno(), messages.MAXIMUM)[:1] != Word.GO:
+        raise OSError(errno.EPIPE, "the launcher is gone")
+
+
+def send_go(end: _socket.socket) -> None:
+    """Say that the listener is taken."""
+    _send(end, Word.GO)
 
 
 def send_ended(end: _socket.socket, status: int) -> None:

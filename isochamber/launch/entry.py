@@ -10,6 +10,7 @@ from __future__ import annotations
 from isochamber import paths
 from isochamber.errors import IsochamberError
 from isochamber.launch import lean
+from isochamber.launch.filterset import Seccomp
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Entry:
         self.capabilities: list[str] = field.texts("capabilities")
         self.tmpfs: dict[str, int] = field.numbers("tmpfs")
         self.rlimits: dict[str, int] = field.numbers("rlimits")
-        self.seccomp: Seccomp = Seccomp(raw)
+        self.seccomp: Seccomp = Seccomp(raw.get("seccomp"), field.wrong)
         # None: a build's sandbox, which nobody supervises.
         self.service: Service | None = (
             None if field.present("service") is None else Service(field.mapping_of_any("service"))
@@ -137,31 +138,6 @@ class Device:
         if len(parts) < 3 or parts[1] != "dev" or not all(parts[2:]) or {".", ".."} & set(parts):
             raise field.wrong("path of a device", "below /dev")
         self.read_only: bool = field.flag("read_only")
-
-
-class Seccomp:
-    """The system call filters of an entry: digests of compiled programs, and what the last one does to a call."""
-
-    __slots__ = ("filters", "learned", "mode")
-
-    MODES = ("none", "log", "notify", "errno", "kill")
-
-    def __init__(self, raw: Mapping[str, Any]) -> None:
-        field, given = _Fields(raw), raw.get("seccomp")
-        if not isinstance(given, dict) or not isinstance(given.get("filters"), list):
-            raise field.wrong("seccomp", "an object with a list of filters")
-        self.filters: list[str] = given["filters"]
-        self.learned: str | None = given.get("learned")
-        self.mode: str = given.get("mode")  # type: ignore[assignment] # looked at here
-        if self.mode not in self.MODES or (self.mode == "none") != (self.learned is None):
-            raise field.wrong("seccomp: mode", f"one of {', '.join(self.MODES)}; none where nothing was learned")
-        for digest in [*self.filters, *([] if self.learned is None else [self.learned])]:
-            if not isinstance(digest, str) or len(digest) != 40 or not set(digest) <= set("0123456789abcdef"):
-                raise field.wrong("seccomp: a filter", "40 hex digits")
-
-    def forget_learned(self) -> None:
-        """Leave only the filters that every tenant has."""
-        self.learned, self.mode = None, "none"
 
 
 class Bind:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         def catches(self, number: int) -> bool: ...  # noqa: D102 - as there
         def freeze(self, *, frozen: bool) -> None: ...  # noqa: D102 - as there
 
+    from isochamber.launch.enforcement import Enforcement
 
 _FORWARDED = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
@@ -42,6 +43,7 @@ class Foreground:
 
     def __init__(self, running: Started) -> None:
         self.running = running
+        self.enforcement: Enforcement | None = None  # of the learned filter of a tenant that was started here
         self._pending: list[int] = []
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._cooked: list[object] | None = None  # the operator's terminal settings, while ours is raw
@@ -64,6 +66,8 @@ class Foreground:
             self._drain()
         finally:
             self._restore()
+            if self.enforcement is not None:
+                self.enforcement.finish()
             signal.set_wakeup_fd(-1)
             for number, handler in former.items():
                 signal.signal(number, handler)
@@ -88,7 +92,12 @@ class Foreground:
             poller.register(running.master, select.POLLIN | (select.POLLOUT if self._input else 0))
             if not self._input:
                 poller.register(0, select.POLLIN)
+        listener = None if self.enforcement is None else self.enforcement.descriptor()
+        if listener is not None:
+            poller.register(listener, select.POLLIN)
         ready = dict(poller.poll())
+        if self.enforcement is not None and listener in ready:
+            self.enforcement.serve()
         if self._wake_read in ready:
             os.read(self._wake_read, 4096)
         while self._pending:
@@ -113,6 +122,11 @@ class Foreground:
         else:
             self._forced = number
             self.running.kill(signal.SIGKILL)
+
+    def say(self, line: str) -> None:
+        """Print a line of ours beside what the tenant prints."""
+        end = "\n" if self._cooked is None else "\r\n"  # a raw terminal begins no line by itself
+        _write_all(2, f"isochamber: {line}{end}".encode("utf-8", "backslashreplace"))
 
     # The terminal.
 

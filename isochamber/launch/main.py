@@ -2,6 +2,9 @@
 
     run  --root ROOT [--shell] [--no-terminal] TENANT [-- COMMAND ...]
     plan --root ROOT --fd N [--no-terminal]
+    learn --root ROOT --fd N [--no-terminal]
+
+A plan is an entry that lies in no file; learn runs one as ``run`` would, with its terminal.
 
 TENANT is a name or a tid. Options stand before or after it; COMMAND begins at the
 first word after TENANT that is no option, or after ``--``. Kept by hand and not by
@@ -13,11 +16,12 @@ from __future__ import annotations
 import os
 
 from isochamber.errors import EXIT_BAD_INPUT, EXIT_SIGNAL_BASE, IsochamberError
-from isochamber.launch import capabilities, entry, foreground, running, start, syscalls, terminal
+from isochamber.launch import capabilities, enforcement, entry, foreground, running, start, syscalls, terminal
 from isochamber.launch.lean import signal
 
 _USAGE = (
-    "usage: run --root ROOT [--shell] [--no-terminal] TENANT [-- COMMAND ...] | plan --root ROOT --fd N [--no-terminal]"
+    "usage: run --root ROOT [--shell] [--no-terminal] TENANT [-- COMMAND ...]"
+    " | plan|learn --root ROOT --fd N [--no-terminal]"
 )
 
 # A login shell: the base may be without bash, and a plan without a base is none.
@@ -36,7 +40,8 @@ class Options:
         self.tenant = ""
         self.command: list[str] = []
         self._sort(words[1:])
-        complete = {"run": bool(self.tenant), "plan": self.fd >= 0 and not self.tenant}.get(self.verb, False)
+        planned = self.fd >= 0 and not self.tenant
+        complete = {"run": bool(self.tenant), "plan": planned, "learn": planned}.get(self.verb, False)
         if not complete or not os.path.isabs(self.root):
             raise _usage()
 
@@ -72,6 +77,8 @@ def _entry(options: Options) -> entry.Entry:
         # A build that is killed takes its sandbox along.
         syscalls.prctl(syscalls.PR_SET_PDEATHSIG, signal.SIGKILL)
         return entry.read_plan(options.fd)
+    if options.verb == "learn":
+        return entry.read_plan(options.fd)
     wanted = entry.read(options.root, options.tenant)
     if options.shell:
         # The original's configuration mode: the host's network, an administrator's rights over the tenant's own files.
@@ -98,13 +105,15 @@ def _launch(options: Options) -> int:
 
 
 def _run(options: Options, wanted: entry.Entry) -> int:
-    own_terminal = options.verb == "run" and not options.no_terminal and terminal.wanted()
+    own_terminal = options.verb != "plan" and not options.no_terminal and terminal.wanted()
     if "TERM" in os.environ and os.isatty(0):
         wanted.env["TERM"] = os.environ["TERM"]
-    prepared = start.Prepared(options.root, wanted, own_terminal=own_terminal)
+    prepared = start.Prepared(options.root, wanted, own_terminal=own_terminal, listens=True)
     tenant = running.Running(prepared)
     os.close(prepared.lock)  # the keeper holds it from here on: it is free when the keeper has cleaned up
-    code = foreground.Foreground(tenant).supervise(wanted.timeout)
+    shown = foreground.Foreground(tenant)
+    shown.enforcement = enforcement.Enforcement(tenant, options.root, wanted, shown.say)
+    code = shown.supervise(wanted.timeout)
     if tenant.failure is not None:
         raise tenant.failure
     return code

@@ -3,9 +3,10 @@
 They talk over one SOCK_SEQPACKET pair, a message a packet. The tenant's copy is
 close-on-exec, so nothing of it reaches the tenant.
 
-    tenant side -> launcher   TERMINAL (with the pty's master), FAILED
+    tenant side -> launcher   TERMINAL (with the pty's master), LISTENER, FAILED
     keeper      -> launcher   STARTED (with the tenant's pidfd), FAILED, LEFT, ENDED
     keeper      -> tenant side that waits   GO
+    launcher    -> tenant side, after LISTENER   GO
     launcher through the supervisor -> keeper   SIGNAL, FREEZE
 """
 
@@ -23,12 +24,15 @@ class Word:
     FAILED = b"F"  # a step failed: see encode_failure
     LEFT = b"L"  # something could not be cleaned up after it: see encode_failure
     ENDED = b"E"  # it ended; decimal: its wait status (wait(2))
+    LISTENER = b"N"  # its learned filter hands calls to us; decimal: the listener's descriptor, in the tenant's process
     GO = b"G"  # to one that waits: NUL between the words to run, none for its own; its descriptors 0, 1 and 2 or none
     SIGNAL = b"K"  # from a launcher that may not signal itself; decimal: the signal
     FREEZE = b"Z"  # from such a launcher: 1 stops the tenant, 0 continues it
 
 
-WORDS = frozenset((Word.STARTED, Word.TERMINAL, Word.FAILED, Word.LEFT, Word.ENDED, Word.GO, Word.SIGNAL, Word.FREEZE))
+WORDS = frozenset(
+    (Word.STARTED, Word.TERMINAL, Word.FAILED, Word.LEFT, Word.ENDED, Word.LISTENER, Word.GO, Word.SIGNAL, Word.FREEZE)
+)
 
 
 class Failure:

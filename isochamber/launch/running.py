@@ -13,7 +13,21 @@ from isochamber.launch.messages import Word
 class Running:
     """The keeper, the tenant's first process, and what they have said so far."""
 
-    __slots__ = ("_life", "end", "exit_code", "failure", "groups", "keeper", "master", "pid", "pidfd", "tenant", "tid")
+    __slots__ = (
+        "_life",
+        "_offered",
+        "end",
+        "exit_code",
+        "failure",
+        "groups",
+        "keeper",
+        "listener",
+        "master",
+        "pid",
+        "pidfd",
+        "tenant",
+        "tid",
+    )
 
     def __init__(self, prepared: start.Prepared) -> None:
         """Clone the keeper, which clones the tenant; returns when that exists. Raises IsochamberError."""
@@ -23,6 +37,8 @@ class Running:
         self.pid: int | None = None  # as the host sees it, once STARTED came
         self.pidfd: int | None = None
         self.master: int | None = None
+        self.listener: int | None = None  # of the tenant's learned filter, when it hands calls to us
+        self._offered: int | None = None  # the same, as the tenant's process numbers it, until there is a pidfd
         self.failure: IsochamberError | None = None
         self.exit_code: int | None = None  # None while it runs
         life_read, self._life = os.pipe()
@@ -49,8 +65,12 @@ class Running:
         if word == Word.STARTED:
             self.pidfd = descriptor
             self.pid = -1 if descriptor is None else records.pid_of(descriptor)
+            self._take_listener()
         elif word == Word.TERMINAL:
             self.master = descriptor
+        elif word == Word.LISTENER:
+            self._offered = int(packet[1:])
+            self._take_listener()
         elif word == Word.FAILED:
             self.failure = self._error(packet)
         elif word == Word.LEFT:
@@ -59,6 +79,18 @@ class Running:
             self._ended(int(packet[1:]))
         else:
             self._keeper_gone()
+
+    def _take_listener(self) -> None:
+        """Copy the listener out of the tenant's process, which waits for that before it goes on."""
+        if self.pidfd is None or self._offered is None:
+            return
+        try:
+            self.listener = syscalls.pidfd_getfd(self.pidfd, self._offered)
+        except OSError as error:
+            self.failure = IsochamberError.from_os(error, stage="launch", tenant=self.tenant)
+            self.kill(signal.SIGKILL)
+        self._offered = None
+        channel.send_go(self.end)
 
     def _error(self, packet: bytes) -> IsochamberError:
         told = messages.decode_failure(packet)

@@ -6,11 +6,13 @@ import os
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
-from isochamber.launch import syscalls
+from isochamber.launch import channel, syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from isochamber.launch.entry import Seccomp
+    import _socket
+
+    from isochamber.launch.filterset import Seccomp
 
 _INSTRUCTION = 8  # bytes, struct sock_filter
 _MODE_FILTER = 2  # as proc_pid_status(5) says it
@@ -19,12 +21,21 @@ _MODE_FILTER = 2  # as proc_pid_status(5) says it
 class Filters:
     """The bytes of every program of a start, read while the state directory could still be seen."""
 
-    __slots__ = ("learned", "programs")
+    __slots__ = ("flags", "learned", "programs")
 
-    def __init__(self, root: str, wanted: Seccomp) -> None:
-        """Read the programs; raises IsochamberError for one that is not there or is no program."""
+    def __init__(self, root: str, wanted: Seccomp, *, listens: bool) -> None:
+        """Read the programs; raises IsochamberError for one that is not there or is no program.
+
+        ``listens``: whoever starts the tenant takes the listener of a learned filter that
+        hands calls over. Without one the kernel itself answers these with ENOSYS.
+        """
         self.programs = [_read(root, digest) for digest in wanted.filters]
         self.learned = None if wanted.learned is None else _read(root, wanted.learned)
+        self.flags = 0
+        if listens and wanted.mode in ("notify", "learn"):
+            self.flags = syscalls.SECCOMP_FILTER_FLAG_NEW_LISTENER
+        elif wanted.mode == "errno":
+            self.flags = syscalls.SECCOMP_FILTER_FLAG_LOG  # the kernel logs the other modes' refusals anyway
 
 
 def _read(root: str, digest: str) -> bytes:
@@ -41,19 +52,23 @@ def _read(root: str, digest: str) -> bytes:
     return program
 
 
-def load(filters: Filters) -> None:
+def load(filters: Filters, messages: _socket.socket) -> None:
     """Load every program, the learned one last, and look whether the kernel took them; raises IsochamberError, OSError.
 
     After the first one this process makes only calls that every tenant may make, and
     after the learned one only those that every program needs: read, write, close, execve, exit.
     """
     status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
-    before = _count(status)
-    programs = [*filters.programs, *([] if filters.learned is None else [filters.learned])]
-    for program in programs:
+    before, listener = _count(status), 0
+    for program in filters.programs:
         syscalls.seccomp_filter(program)
-    if programs:
-        _check(status, before, len(programs))
+    if filters.learned is not None:
+        listener = syscalls.seccomp_filter(filters.learned, filters.flags)
+    loaded = len(filters.programs) + (filters.learned is not None)
+    if loaded:
+        _check(status, before, loaded)
+    if listener:
+        channel.send_listener(messages, listener)
     os.close(status)
 
 

@@ -58,9 +58,12 @@ class Prepared:
         "terminal", "user", "waits",
     )  # fmt: skip
 
-    def __init__(self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False) -> None:
+    def __init__(
+        self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False, listens: bool = False
+    ) -> None:
         """Do the host side's steps; raises IsochamberError, and leaves at most the pins and empty cgroups.
 
+        Who ``listens`` takes what the learned filter hands over: see seccomp.Filters.
         A tenant that ``waits`` is set up until the exec, and goes on when it is handed over.
         """
         self.root = root
@@ -80,7 +83,7 @@ class Prepared:
             self.groups = cgroup.make(entry.tid, [*limits.controllers(entry.limits), devicegroup.CONTROLLER])
             limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_of(root))
             devicegroup.apply(self.groups, allowed)
-            self.filters = seccomp.Filters(root, entry.seccomp)
+            self.filters = seccomp.Filters(root, entry.seccomp, listens=listens)
             self.highest_capability = capabilities.last()
             self.host_namespaces = verify.namespaces()
         except BaseException:
@@ -241,7 +244,7 @@ def _become_tenant(
     _reset_signals()
     os.chdir(entry.cwd)
     step("load the system call filters")
-    seccomp.load(prepared.filters)  # last: nothing but execve is left to do, and to be allowed
+    seccomp.load(prepared.filters, messages)  # last: nothing but execve is left to do, and to be allowed
     step("execute")
     _execute(entry)
 

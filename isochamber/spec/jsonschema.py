@@ -36,6 +36,7 @@ _CHECKS: Mapping[str, Mapping[str, Any]] = {
     "capability": {"enum": list(grants.CAPABILITIES)},
     "device": {"pattern": f"^{grants.DEVICE}$"},
     "inside": {"pattern": f"^{validate.INSIDE}$"},
+    "approvable": {"pattern": "^[a-z_0-9]+(:[A-Za-z0-9_:]+)?$"},
     "words": {"pattern": _WORDS, "minItems": 1, "prefixItems": [{**_WORD, "minLength": 1}], "items": _WORD},
     "restart": {"pattern": f"^{validate.RESTART}$", "not": {"const": True}},
     "signal": {"enum": list(validate.SIGNALS)},

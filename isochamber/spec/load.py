@@ -11,7 +11,7 @@ from isochamber.errors import SpecError, printable
 from isochamber.spec import document, grants, package, service, validate
 from isochamber.spec import network as networks
 from isochamber.spec.document import Document
-from isochamber.spec.model import Base, Limits, Network, Package, Spec, Subnets, Tenant
+from isochamber.spec.model import Base, Limits, Network, Package, Seccomp, Spec, Subnets, Tenant
 
 DEFAULT_BASE = "default"
 DEFAULT_MIRROR = "http://deb.debian.org/debian"
@@ -276,8 +276,14 @@ def _tenant(
         install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},
         install_network=own.get("install_network", defaults.get("install_network", "host")),
         subnets=subnets,
+        seccomp=_seccomp(own.get("seccomp", {}), defaults.get("seccomp", {})),
         place=place,
     )
+
+
+def _seccomp(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> Seccomp:
+    approved = frozenset([*defaults.get("approved", ()), *own.get("approved", ())])
+    return Seccomp(own.get("mode", defaults.get("mode", "kill")), approved)
 
 
 def half_of_memory() -> int:

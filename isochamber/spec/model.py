@@ -202,6 +202,14 @@ class Subnets:
 
 
 @dataclass(frozen=True, slots=True)
+class Seccomp:
+    """What the operator says about a tenant's system calls; what it was seen to make is in its learned list."""
+
+    mode: str = "kill"  # what happens to a call outside that list: kill, errno, notify, log; none: it is not applied
+    approved: frozenset[str] = frozenset()  # names of policy.DENIED and policy.DANGEROUS
+
+
+@dataclass(frozen=True, slots=True)
 class Tenant:
     """One tenant: the operator's grants joined with its package."""
 
@@ -218,6 +226,7 @@ class Tenant:
     read_only: bool = False  # its root; /home, /tmp and /dev/shm stay writable
     install_network: str = "host"  # of the install script: "host", "bridge" (all but the host and tenants) or "none"
     subnets: Subnets = Subnets()  # the spec's
+    seccomp: Seccomp = Seccomp()
     place: Place | None = None  # None: dropped into new_tenants/ and not named in tenants.yaml
 
 

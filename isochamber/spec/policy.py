@@ -209,12 +209,33 @@ DANGEROUS: Mapping[str, str] = {
     "socket:AF_NETLINK": "asks the kernel about its network; getifaddrs(3) needs it",
 }
 
-# Every program needs these to start and to stop: dynamic or static, glibc or musl, up to abort(3).
+# Every program needs these to start and to stop: dynamic or static, glibc or musl, up to abort(3). So are those that
+# it depends on the moment to make: waiting, and clocks, which are calls where the machine's clock source is slow.
 ALWAYS = (
-    "access", "arch_prctl", "brk", "close", "execve", "exit", "exit_group", "faccessat", "faccessat2", "fstat",
-    "fstat64", "fstatat64", "futex", "futex_time64", "getpid", "getrandom", "getrlimit", "gettid", "lseek", "madvise",
-    "mmap", "mmap2", "mprotect", "mremap", "munmap", "newfstatat", "open", "openat", "pread64", "prlimit64", "read",
-    "readlink", "readlinkat", "restart_syscall", "rseq", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn",
-    "set_robust_list", "set_thread_area", "set_tid_address", "set_tls", "sigreturn", "stat", "tgkill", "ugetrlimit",
-    "uname", "write", "writev", "cacheflush", "riscv_flush_icache", "riscv_hwprobe",
+    "access", "arch_prctl", "brk", "cacheflush", "clock_getres", "clock_gettime", "clock_gettime64", "clock_nanosleep",
+    "clock_nanosleep_time64", "close", "execve", "exit", "exit_group", "faccessat", "faccessat2", "fstat", "fstat64",
+    "fstatat64", "futex", "futex_time64", "getcpu", "getpid", "getrandom", "getrlimit", "gettid", "gettimeofday",
+    "lseek", "madvise", "mmap", "mmap2", "mprotect", "mremap", "munmap", "nanosleep", "newfstatat", "open", "openat",
+    "pread64", "prlimit64", "read", "readlink", "readlinkat", "restart_syscall", "riscv_flush_icache", "rseq",
+    "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "rt_sigsuspend", "sched_yield", "set_robust_list",
+    "set_thread_area", "set_tid_address", "set_tls", "sigreturn", "stat", "tgkill", "time", "ugetrlimit", "uname",
+    "write", "writev",
 )  # fmt: skip
+
+# What an architecture without the older call (arm64, riscv64) has in its place: call, and values of the argument that
+# matters where it has one.
+REPLACED: Mapping[str, tuple[tuple[str, int | None], ...]] = {
+    "access": (("faccessat", None),), "alarm": (("setitimer", None),), "chmod": (("fchmodat", None),),
+    "chown": (("fchownat", None),), "creat": (("openat", None),), "dup2": (("dup3", None),),
+    "epoll_create": (("epoll_create1", None),), "epoll_wait": (("epoll_pwait", None),),
+    "eventfd": (("eventfd2", None),),
+    "fork": (("clone", 17),), "futimesat": (("utimensat", None),), "getdents": (("getdents64", None),),
+    "getpgrp": (("getpgid", None),), "inotify_init": (("inotify_init1", None),), "lchown": (("fchownat", None),),
+    "link": (("linkat", None),), "lstat": (("newfstatat", None),), "mkdir": (("mkdirat", None),),
+    "mknod": (("mknodat", None),), "open": (("openat", None),), "pause": (("ppoll", None),), "pipe": (("pipe2", None),),
+    "poll": (("ppoll", None),), "readlink": (("readlinkat", None),),
+    "rename": (("renameat", None), ("renameat2", None)), "rmdir": (("unlinkat", None),),
+    "select": (("pselect6", None),), "signalfd": (("signalfd4", None),), "stat": (("newfstatat", None),),
+    "symlink": (("symlinkat", None),), "time": (("gettimeofday", None),), "unlink": (("unlinkat", None),),
+    "utime": (("utimensat", None),), "utimes": (("utimensat", None),), "vfork": (("clone", 0x4111),),
+}  # fmt: skip

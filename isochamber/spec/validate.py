@@ -14,7 +14,7 @@ import yaml
 from cerberus import errors
 
 from isochamber.errors import printable
-from isochamber.spec import grants, network
+from isochamber.spec import grants, learned, network
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 
@@ -118,6 +118,10 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
     def _check_with_signal(self, field: str, value: str) -> None:
         if value not in SIGNALS:
             self._error(field, "the name of a signal that can be caught, without SIG, such as TERM")
+
+    def _check_with_approvable(self, field: str, value: object) -> None:
+        if not learned.approvable(value):
+            self._error(field, "a call that may be approved: docs/explanation/seccomp.md lists them")
 
     def _check_with_words(self, field: str, value: object) -> None:
         try:

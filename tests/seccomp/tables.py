@@ -22,6 +22,11 @@ def dangerous() -> list[str]:
     return _table(("call", "it"), ((f"`{name}`", why) for name, why in policy.DANGEROUS.items()))
 
 
+def always() -> str:
+    """Return the list of what every program needs."""
+    return ", ".join(f"`{name}`" for name in policy.ALWAYS)
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
     lines = [head, ("---",) * len(head), *rows]
     return [f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines]
