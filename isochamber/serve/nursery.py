@@ -199,7 +199,7 @@ class Nursery:
                 error, stage="launch", hint="are namespaces enabled on this kernel?"
             ) from error
         if pid == 0:
-            _as_a_tenant(ours)
+            _as_a_tenant(ours, prepared.user, prepared.net, other.fileno())
             start.tenant_side(prepared, other)
         other.close()
         if not keep_open:
@@ -293,7 +293,7 @@ class Nursery:
             try:
                 pid, pidfd = syscalls.clone3(0, cgroup_fd=group_fd)
                 if pid == 0:
-                    _as_a_tenant(ours)
+                    _as_a_tenant(ours, tenant.pidfd, other.fileno())
                     start.joining_side(held.prepared, tenant.pidfd, other)
             finally:
                 syscalls.setns(self._own_pids, syscalls.CLONE_NEWPID)
@@ -523,10 +523,20 @@ def _beside(tenant: Held, order: dict[str, Any]) -> start.Prepared:
     return made
 
 
-def _as_a_tenant(ours: list[int]) -> None:
-    """In the new process: its own three descriptors, and no protection from the kernel's killer that is ours alone."""
+def _as_a_tenant(ours: list[int], *kept: int) -> None:
+    """In the new process: its own three descriptors and ``kept``, and no protection that is the nursery's alone.
+
+    Everything else is closed at once, and not at the exec: with hundreds of tenants it
+    is more than the tenant's own limit of open files lets it have.
+    """
     for number, descriptor in enumerate(ours):
         os.dup2(descriptor, number)
+    last = 2
+    for descriptor in sorted(kept):
+        if descriptor > last + 1:
+            syscalls.close_range(last + 1, descriptor - 1)
+        last = max(last, descriptor)
+    syscalls.close_range(last + 1)
     _score(0)
 
 

@@ -11,6 +11,7 @@ from doit.exceptions import TaskFailed
 _BIN = Path(sys.executable).parent
 
 _NOT_LONG = "not slow and not soak and not vm_all and not power and not crash and not chaos"
+_SOAK = ("pytest", "-s", "-m", "soak", "-o", "faulthandler_timeout=0", "tests/serve")
 
 # name, what for, command below .venv/bin
 _CHECKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -22,7 +23,11 @@ _CHECKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 _LONG: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("slow", "pytest: the tests that take minutes", ("pytest", "-m", "slow")),
-    ("soak", "pytest: 20,000 starts under the supervisor, killed 50 times", ("pytest", "-s", "-m", "soak")),
+    (
+        "soak",
+        "pytest: 20,000 starts under the supervisor, killed 50 times",
+        ("pytest", "-s", "-m", "soak", "-o", "faulthandler_timeout=0"),
+    ),
     ("vm", "pytest: whole directories of tests on a second kernel", ("pytest", "-m", "vm or vm_all", "tests/vm")),
     ("crash", "pytest: a cut and an error at every single system call", ("pytest", "-m", "crash", "tests/crash")),
     ("chaos", "pytest: ten thousand operations with random kills", ("pytest", "-m", "chaos", "tests/crash")),

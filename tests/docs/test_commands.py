@@ -15,7 +15,7 @@ from tests.conftest import PROJECT
 from tests.docs.pages import Page, commands, page, pages
 
 # What a fresh Debian has, or what the page before it made.
-_OTHERS = {"cd", "cp", "exit", "export", "ln", "rm", ".venv/bin/python", "examples/courier/host/desk.py"}
+_OTHERS = {"cd", "cp", "exit", "export", "ln", "rm", "systemctl", ".venv/bin/python", "examples/courier/host/desk.py"}
 _DOIT_COMMANDS = {"list", "info", "help", "run"}
 
 
