@@ -78,6 +78,7 @@ class Machine:
             f"isochamber.data={self.data_options} {self.command_line}"
         )
         return [
+            "setpriv", "--pdeathsig", "KILL", "--",  # a test run that is killed leaves no machine behind
             QEMU, "-accel", "tcg,thread=multi", "-cpu", "Nehalem,+rdrand", "-smp", str(self.cpus), "-m", self.memory,
             "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
             "-kernel", str(self.parts.image), "-initrd", str(self.parts.initrd), "-append", kernel_words,
