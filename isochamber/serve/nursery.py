@@ -12,6 +12,7 @@ Orders and reports are objects (wire.py), an order in the key "do", a report in 
 from __future__ import annotations
 
 import _socket
+import gc
 import os
 import select
 import sys
@@ -482,10 +483,11 @@ class Nursery:
                 {"on": "left", "key": held.key, "error": _error(IsochamberError.from_os(error, stage="clean up"))}
             )
         held.ended_at = time.time()
+        # The supervisor first: who hears the end from us may ask it for the next start at once.
+        self._report({"on": "ended", **held.describe(), "lost": lost})
         if held.client is not None:
             channel.send_ended(held.client, held.status)
         held.close()
-        self._report({"on": "ended", **held.describe(), "lost": lost})
         if held.kind in ("exec", "warm") and self._supervisor is None:
             self._held.pop(held.key, None)  # nobody asks for these again
 
@@ -529,6 +531,7 @@ def _as_a_tenant(ours: list[int], *kept: int) -> None:
     Everything else is closed at once, and not at the exec: with hundreds of tenants it
     is more than the tenant's own limit of open files lets it have.
     """
+    gc.disable()  # it lives for milliseconds
     for number, descriptor in enumerate(ours):
         os.dup2(descriptor, number)
     last = 2
@@ -607,6 +610,7 @@ def main() -> int:
                 except OSError:
                     pass  # the one that listed
         _score(-1000)
+        gc.freeze()  # what is there now stays: no collection touches its pages, which the tenants' processes share
         Nursery(listener).run()
     except BaseException:  # a bug of ours: in the log, and nobody runs on with half of a nursery
         sys.excepthook(*sys.exc_info())

@@ -409,11 +409,7 @@ class Supervisor:
 
     async def run(self, raw: Raw, descriptors: tuple[int, ...], **more: Any) -> Report:
         """Start a tenant for a launcher: ``descriptors`` are its channel and the tenant's 0, 1 and 2."""
-        one = self.unit_of(raw["tid"], raw["name"])
-        if one.runs:
-            raise IsochamberError(
-                "runs already", stage="launch", tenant=one.name, hint="one tenant runs once: its upper can't be shared"
-            )
+        one = self.unit_of(raw["tid"], raw["name"])  # whether it runs, the nursery knows best
         if one.restart_timer is not None:
             one.restart_timer.cancel()
             one.restart_timer = None
