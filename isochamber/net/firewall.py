@@ -185,7 +185,9 @@ def grant_names(site: Site, member: Member, facts: Facts) -> None:
 
 def show(site: Site, member: Member) -> list[str]:
     """Return a tenant's own chains and sets as nft lists them, one line each; none when they are gone."""
-    names = [f"chain inet {site.table} {chain}-{member.number}" for chain in ("out", "via", "in", "meter", "slow")]
+    names = [
+        f"chain inet {site.table} {chain}-{member.number}" for chain in ("out", "via", "in", "kept", "meter", "slow")
+    ]
     names += [f"set inet {site.table} granted{version}-{member.number}" for version in (4, 6)]
     lines = [line for name in names for line in _nft(f"list {name}").stdout.splitlines()[1:-1]]
     return [line.replace("\t", "    ") for line in lines if line.strip(" \t{}")]

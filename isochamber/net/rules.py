@@ -4,7 +4,7 @@ Two tables of our own. ``bridge`` looks at every frame of our ports: only the
 bridge's MAC as destination, only the port's own source addresses, no ARP, no
 neighbour discovery, no router advertisement. ``inet`` decides where packets may go:
 per tenant chains out-N (what it opens), via-N (what it opens by the host's published
-ports), in-N (what is opened to it) and meter-N (its allowance), found by its address
+ports), in-N (what is opened to it), kept-N (what was open already) and meter-N (its allowance), found by its address
 in a map. Adding one of 1,000 tenants adds elements and its own chains; the shared
 rules stay as they are.
 
@@ -56,6 +56,8 @@ table inet {table} {{
     map published6 {{ type inet_proto . inet_service : ipv6_addr . inet_service; }}
     map published_at4 {{ type ipv4_addr . inet_proto . inet_service : ipv4_addr . inet_service; }}
     map published_at6 {{ type ipv6_addr . inet_proto . inet_service : ipv6_addr . inet_service; }}
+    map kept4 {{ type ipv4_addr : verdict; }}
+    map kept6 {{ type ipv6_addr : verdict; }}
     set hairpin4 {{ type ipv4_addr . ipv4_addr; }}
     set hairpin6 {{ type ipv6_addr . ipv6_addr; }}
     set opened4 {{ type ipv4_addr; size 65535; flags dynamic; }}
@@ -117,7 +119,8 @@ table inet {table} {{
         ct state invalid drop
         ip daddr @never4 goto refuse
         ip6 daddr @never6 goto refuse
-        ct state established,related accept
+        ct state established,related ip saddr vmap @kept4
+        ct state established,related ip6 saddr vmap @kept6
         ip saddr vmap @out4
         ip6 saddr vmap @out6
         goto refuse
@@ -181,6 +184,12 @@ def stamp(site: Site, member: Member, resolvers: tuple[str, ...]) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
+def generation(member: Member) -> str:
+    """Return what marks the connections of this very grant: one that was open under another is judged anew."""
+    grant = (member.egress_all, member.egress_dns, member.egress, member.dns, member.peers, member.ports)
+    return "0x" + hashlib.sha256(f"{member.tid} {grant!r}".encode()).hexdigest()[:8]
+
+
 def _sets(site: Site, member: Member) -> Iterator[str]:
     for version in (4, 6):
         kind = f"type ipv{version}_addr . inet_proto . inet_service"
@@ -198,7 +207,8 @@ def _chains(site: Site, member: Member) -> dict[str, list[str]]:
     return {
         "out": list(_out(site, member)),
         "via": list(_via(member)),
-        "in": list(_in()),
+        "in": list(_in(member)),
+        "kept": [f"ct mark {generation(member)} accept"],
         "slow": list(_slow(site, member)),
         "meter": list(_meter(member)),
     }
@@ -208,7 +218,7 @@ def _elements(verb: str, site: Site, member: Member) -> Iterator[str]:
     """Yield a command for each element that leads from the tenant's addresses to its chains."""
     table, number = f"inet {site.table}", member.number
     for version, address in ((4, member.ipv4), (6, member.ipv6)):
-        for chain, jump in (("out", "goto"), ("via", "goto"), ("in", "goto"), ("meter", "jump")):
+        for chain, jump in (("out", "goto"), ("via", "goto"), ("in", "goto"), ("kept", "jump"), ("meter", "jump")):
             yield f"{verb} element {table} {chain}{version} {{ {address} : {jump} {chain}-{number} }}"
         yield f"{verb} element {table} hairpin{version} {{ {address} . {address} }}"
         yield f'{verb} element bridge {site.table} pairs{version} {{ "{member.port}" . {member.mac} . {address} }}'
@@ -281,16 +291,17 @@ def _out(site: Site, member: Member) -> Iterator[str]:
     """Yield the rules for what the tenant opens, most particular first."""
     yield f"add @opened4 {{ ip saddr ct count over {CONNECTIONS} }} drop"
     yield f"add @opened6 {{ ip6 saddr ct count over {CONNECTIONS} }} drop"
+    accept = f"ct mark set {generation(member)} accept"
     for peer in member.peers:
-        yield f'oifname "{site.bridge}" ip daddr {peer.ipv4} accept'
-        yield f'oifname "{site.bridge}" ip6 daddr {peer.ipv6} accept'
-    yield f'oifname "{site.bridge}" ct status dnat accept'  # by a published port of the host, which via-N granted
+        yield f'oifname "{site.bridge}" ip daddr {peer.ipv4} {accept}'
+        yield f'oifname "{site.bridge}" ip6 daddr {peer.ipv6} {accept}'
+    yield f'oifname "{site.bridge}" ct status dnat {accept}'  # by a published port of the host, which via-N granted
     yield f'oifname "{site.bridge}" goto refuse'
     if member.egress_all:
-        yield "accept"
+        yield accept
     else:
-        yield f"ip daddr . meta l4proto . th dport @granted4-{member.number} accept"
-        yield f"ip6 daddr . meta l4proto . th dport @granted6-{member.number} accept"
+        yield f"ip daddr . meta l4proto . th dport @granted4-{member.number} {accept}"
+        yield f"ip6 daddr . meta l4proto . th dport @granted6-{member.number} {accept}"
     yield "goto refuse"
 
 
@@ -303,11 +314,11 @@ def _via(member: Member) -> Iterator[str]:
         yield f"ip6 daddr . meta l4proto . th dport @granted6-{member.number} goto published"
 
 
-def _in() -> Iterator[str]:
+def _in(member: Member) -> Iterator[str]:
     """Yield the rules for what is opened to the tenant, which is only what was published."""
     yield f"add @accepted4 {{ ip daddr ct count over {CONNECTIONS} }} drop"
     yield f"add @accepted6 {{ ip6 daddr ct count over {CONNECTIONS} }} drop"
-    yield "accept"
+    yield f"ct mark set {generation(member)} accept"
 
 
 def _limit(member: Member) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 from collections.abc import Callable
 
@@ -11,7 +12,7 @@ from isochamber import paths
 from isochamber.build import registry
 from isochamber.errors import IsochamberError
 from isochamber.launch import pins
-from isochamber.net import firewall, links, names
+from isochamber.net import firewall, host, links, names, rules
 from isochamber.net.network import Network
 from tests.net import world as w
 from tests.net.world import World
@@ -195,3 +196,69 @@ def test_two_hosts_interfaces_that_nobody_forwarded_between_stay_apart(world: Wo
     w.nft("flush", "set", "inet", w.site_of(world).table, "between")  # the control
     assert w.run_in(other, None, lambda: w.tcp(w.OUTSIDE4)).startswith("outside")
     os.close(other)
+
+
+def test_a_grant_taken_back_ends_the_connections_it_opened_and_no_other(world: World) -> None:
+    world.tenant("a", egress=[f"{w.OUTSIDE4}:{w.PORT}/udp", f"{w.ELSEWHERE4}:{w.PORT}/udp"])
+    world.apply()
+    with world.namespace_of("a") as net, host.namespace(net):
+        talks = {address: socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for address in (w.OUTSIDE4, w.ELSEWHERE4)}
+        for address, talk in talks.items():
+            talk.connect((address, w.PORT))
+
+    def answers(address: str, wait: float) -> bool:
+        talks[address].settimeout(wait)
+        try:
+            talks[address].send(b"hello")
+            return bool(talks[address].recv(2048))
+        except OSError:
+            return False
+
+    assert all(answers(address, w.DEADLINE) for address in talks)
+    world.tenant("a", egress=[f"{w.OUTSIDE4}:{w.PORT}/udp"])
+    world.apply()
+    assert answers(w.OUTSIDE4, w.DEADLINE)
+    assert not answers(w.ELSEWHERE4, w.SILENCE)
+    world.tenant("a", egress="all")  # the control: granted again, the same socket goes on
+    world.apply()
+    assert answers(w.ELSEWHERE4, w.DEADLINE) or answers(w.ELSEWHERE4, w.DEADLINE)  # the first may tell of a refusal
+    for talk in talks.values():
+        talk.close()
+
+
+def test_one_tenant_can_not_use_up_the_hosts_connections(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "CONNECTIONS", 8)
+    world.tenant("a", egress="all")
+    world.tenant("b", egress="all")
+    world.apply()
+
+    def flood() -> int:
+        made = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(40)]
+        for one in made:
+            one.connect((w.OUTSIDE4, w.PORT))
+            one.send(b"hello")
+        answered = 0
+        for number, one in enumerate(made):
+            one.settimeout(w.DEADLINE if number < 8 else w.SILENCE / 10)
+            try:
+                answered += bool(one.recv(2048))
+            except OSError:
+                continue
+        return answered
+
+    assert world.inside("a", flood) == 8
+    assert world.inside("b", lambda: w.udp(w.OUTSIDE4)).startswith("outside")
+    assert w.run_in(world.outside, None, lambda: w.tcp(w.HOST4)).startswith("host")
+
+
+def test_a_host_without_ipv6_gives_its_tenants_none(world: World) -> None:
+    subprocess.run(["sysctl", "-q", "net.ipv6.conf.all.disable_ipv6=1"], check=True)
+    world.tenant("a", egress="all")
+    world.apply()
+
+    def addresses() -> str:
+        return subprocess.run(["ip", "-6", "addr"], capture_output=True, text=True, check=True).stdout
+
+    assert world.inside("a", addresses) == ""
+    assert _reaches(world, "a")
+    assert world.differences() == {}
