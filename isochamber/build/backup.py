@@ -70,10 +70,10 @@ def backup(state: State, tenant: str, target: Path) -> Saved:
     saved = Saved()
     try:
         persist = state.tenant_persist(tid)
-        space.require(state.root, tree.size_of(persist / identity.HOME), stage="backup", tenant=name)
+        space.require(state.root, tree.size_of(state.home(tid)), stage="backup", tenant=name)
         with durable.staging_directory(state.staging, f"backup-{tid}") as stage:
             with locks.product_lock(state, f"tenant-{tid}", lambda _line: None), still(tid, name):
-                copy_tree(persist / identity.HOME, stage / HOME, saved.left_out)
+                copy_tree(state.home(tid), stage / HOME, saved.left_out)
                 beside = _beside(persist)
             listed = manifest.describe(stage / HOME)
             saved.size, saved.names = listed.size, listed.names

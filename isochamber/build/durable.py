@@ -43,6 +43,15 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_file(path: Path) -> None:
+    """fsync(2) a file; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def make_directories(path: Path, mode: int = 0o700) -> None:
     """Make ``path`` and its missing parents, each name synced in its own parent; raises OSError."""
     missing = []
@@ -277,6 +286,14 @@ def remove_tree(path: Path, staging: Path | None = None) -> None:
 def stale_stages(directory: Path) -> list[str]:
     """Return the names of what a killed build or removal left in ``directory``."""
     return sorted(name for name in os.listdir(directory) if name.startswith(STAGE_PREFIX))
+
+
+def remove_any(path: Path) -> None:
+    """Remove a tree, or a file or link by its name; nothing there is fine. Raises OSError."""
+    if path.is_dir() and not path.is_symlink():
+        remove_tree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove_file(path: Path) -> None:

@@ -34,10 +34,11 @@ def make(
     seccomp: Mapping[str, object],
     subnets: Subnets | None = None,
     slot: str = "",
+    disk: int | None = None,
 ) -> Entry:
     """Return the entry of ``tenant``, keys in the contract's order. Pure: the same arguments give the same entry."""
     package = tenant.package
-    filesystem, persist = state.relative(state.tenant_fs(who.tid)), state.relative(state.tenant_persist(who.tid))
+    filesystem = state.relative(state.tenant_fs(who.tid))
     entry: Entry = {
         "tid": who.tid,
         "cname": package.cname,
@@ -57,13 +58,14 @@ def make(
         "upper": f"{filesystem}/{identity.UPPER}{slot}",
         "workdir": f"{filesystem}/{identity.WORKDIR}{slot}",
         "overlay": f"{filesystem}/{identity.OVERLAY}",
-        "home": f"{persist}/{identity.HOME}",
+        "home": state.relative(state.home(who.tid)),
         "ipc": tenant.ipc,
         "network": tenant.network.mode,
         "net": _net(state, tenant, who, subnets),
         "capabilities": list(tenant.capabilities),
         "devices": [{"path": device.path, "read_only": device.read_only} for device in tenant.devices],
         "read_only": tenant.read_only,
+        "disk": disk,
         "seccomp": dict(seccomp),
         "tmpfs": limits.tmpfs(tenant.limits),
         "rlimits": limits.rlimits(tenant.limits),
@@ -204,7 +206,7 @@ def _refresh_upper(state: State, entry: Entry, former: Entry | None, reporter: R
         _keep_both(state, former, entry)
     make_slot(state, tid, slot, entry["uid_base"])
     content = "".join(f"{lower}\n" for lower in entry["lowers"]).encode()
-    durable.write_file(_lowers_file(state, tid, slot), content, staging=state.staging)
+    durable.write_file(_lowers_file(state, tid, slot), content, staging=state.staging_of(tid))
 
 
 def make_slot(state: State, tid: str, slot: str, uid_base: int) -> None:
@@ -212,8 +214,8 @@ def make_slot(state: State, tid: str, slot: str, uid_base: int) -> None:
     durable.remove_file(_lowers_file(state, tid, slot))
     for name in (f"{identity.UPPER}{slot}", f"{identity.WORKDIR}{slot}"):
         path = state.tenant_fs(tid) / name
-        durable.remove_tree(path, state.staging)
-        with durable.staging_directory(state.staging, f"{name}-{tid}") as stage:
+        durable.remove_tree(path, state.staging_of(tid))
+        with durable.staging_directory(state.staging_of(tid), f"{name}-{tid}") as stage:
             identity.make_owned(stage / name, uid_base)
             durable.commit_tree(stage / name, path)
 
@@ -229,7 +231,7 @@ def former_file(state: State, tid: str) -> Path:
 def _keep_both(state: State, first: Entry, second: Entry) -> None:
     """Keep the entries of both slots: whichever containers.json does not name is the former one."""
     text = json.dumps(sorted([first, second], key=slot_of))
-    durable.write_file(former_file(state, first["tid"]), text.encode(), staging=state.staging)
+    durable.write_file(former_file(state, first["tid"]), text.encode(), staging=state.staging_of(first["tid"]))
 
 
 def former_of(state: State, tid: str) -> Entry | None:

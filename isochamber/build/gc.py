@@ -10,7 +10,7 @@ from isochamber.build import durable, entry, identity, locks, registry, space, t
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
-from isochamber.launch import pins, records
+from isochamber.launch import disk, pins, records
 from isochamber.launch import stop as stopping
 from isochamber.spec import package as packages
 from isochamber.spec.model import Spec
@@ -58,6 +58,7 @@ def _remove_tenant(state: State, tid: str, name: str) -> None:
         lock = _stopped(tid, name)  # a supervisor may have started it again; without an entry it can't once more
         try:
             pins.remove(tid)
+            disk.detach(str(state.root), tid)
             durable.remove_tree(state.tenant_fs(tid), state.staging)
             durable.remove_tree(state.tenant_persist(tid), state.staging)
             records.forget(tid)

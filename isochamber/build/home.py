@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Self
 
 from isochamber import paths
-from isochamber.build import contents, durable, identity, locks, manifest, space, tree
+from isochamber.build import contents, durable, locks, manifest, space, tree
 from isochamber.build.inputs import Inputs
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
@@ -132,8 +132,8 @@ class _Deployment:
         self._layer_home = state.layer(wanted.layer) / paths.LAYER_HOME if wanted.layer else None
         self._root = state.root
         self._progs = {prog.path: prog for prog in tenant.package.progs}
-        self._home = os.open(state.tenant_persist(tid) / identity.HOME, tree.DIRECTORY)
-        self._stage_context = durable.staging_directory(state.staging, f"home-{tid}")
+        self._home = os.open(state.home(tid), tree.DIRECTORY)
+        self._stage_context = durable.staging_directory(state.staging_of(tid), f"home-{tid}")
 
     def __enter__(self) -> Self:
         self._stage = self._stage_context.__enter__()

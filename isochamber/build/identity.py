@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from isochamber.build import durable, locks, registry
+from isochamber.build import disk, durable, locks, registry
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 
@@ -47,8 +47,10 @@ def find(state: State, tenant: str) -> Identity | None:
     return Identity(tid, uid_base) if all(part.is_dir() for part in parts) else None
 
 
-def ensure(state: State, tenant: str) -> Identity:
+def ensure(state: State, tenant: str, disk_size: int | None = None) -> Identity:
     """Return the identity of ``tenant``, its range allocated and its directories made if they are missing.
+
+    With ``disk_size`` (bytes) they lie on an image of its own.
 
     Raises IsochamberError (stage "dirs").
     """
@@ -56,8 +58,10 @@ def ensure(state: State, tenant: str) -> Identity:
     with locks.product_lock(state, "identities", lambda _line: None):
         try:
             with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+                disk.attach(state, tid)
                 uid_base = _owner(state, tid) or _configured(state, tid) or _allocate(state, tid)
                 _make_directories(state, tid, tenant, uid_base)
+                disk.ensure(state, tenant, tid, disk_size)
         except OSError as error:
             raise IsochamberError.from_os(error, stage="dirs", tenant=tenant) from error
     return Identity(tid, uid_base)
@@ -152,7 +156,7 @@ def _make_directories(state: State, tid: str, tenant: str, uid_base: int) -> Non
         missing = [(name, owned) for name, owned in parts if not (directory / name).is_dir()]
         if not missing:
             continue
-        with durable.staging_directory(state.staging, f"dirs-{tid}") as stage:
+        with durable.staging_directory(state.staging_of(tid), f"dirs-{tid}") as stage:
             for name, owned in missing:
                 if owned:
                     make_owned(stage / name, uid_base)

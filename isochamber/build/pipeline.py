@@ -8,7 +8,7 @@ cache/), every ``make_*`` does the work and may be called again.
 from collections.abc import Mapping
 from pathlib import Path
 
-from isochamber.build import base, contents, durable, entry, filters, home, identity, layer, locks, registry
+from isochamber.build import base, contents, disk, durable, entry, filters, home, identity, layer, locks, registry
 from isochamber.build.identity import Identity
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
@@ -76,11 +76,17 @@ class Pipeline:
             self._identities[name] = found
         return self._identities[name]
 
+    def dirs_current(self, name: str) -> bool:
+        """Say whether its directories are there, on a disk of the size that it is to have."""
+        found = self.identity_of(name)
+        return found is not None and disk.current(self.state, found.tid, self.tenant(name).limits.disk)
+
     def make_dirs(self, name: str) -> None:
         """Give the tenant a tid, a uid range and its directories; raises IsochamberError (stage "dirs")."""
         self.state.create()
         with locks.building(self.state, self.reporter.say):
-            identity.ensure(self.state, name)
+            self._identities.pop(name, None)
+            identity.ensure(self.state, name, self.tenant(name).limits.disk)
 
     def _require_identity(self, name: str) -> Identity:
         found = self.identity_of(name)
@@ -187,6 +193,7 @@ class Pipeline:
             self.filters_of(name).entry(),
             self.spec.subnets,
             slot,
+            disk.size(self.state, found.tid),
         )
 
     def configured(self, name: str) -> bool:

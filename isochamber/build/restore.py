@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import zstandard
 
-from isochamber.build import backup, durable, identity, locks, manifest, space, tree
+from isochamber.build import backup, disk, durable, identity, locks, manifest, space, tree
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import records, syscalls
@@ -285,6 +285,11 @@ def _take_its_place(state: State, name: str, stage: Path, *, replace: bool) -> N
     with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
         lock = records.lock(tid, name)  # IsochamberError when it runs
         try:
+            if disk.size(state, tid) is not None:
+                raise IsochamberError(
+                    "has a disk of its own, which a restore would take away", stage="restore", tenant=name,
+                    hint="delete the tenant first: ./doit moves what was restored onto a new disk",
+                )  # fmt: skip
             if not replace and any((persist / identity.HOME).iterdir()):
                 raise IsochamberError(
                     "its /home holds something", stage="restore", tenant=name, hint="--replace gives that up"

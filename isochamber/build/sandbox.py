@@ -133,6 +133,7 @@ class Sandbox:
             "capabilities": list(capabilities.INSTALL),
             "devices": [],
             "read_only": False,
+            "disk": None,
             "seccomp": _FILTERS.entry(),
             "tmpfs": {"tmp": 1 << 30, "shm": 64 << 20},
             "rlimits": limits.install_rlimits(bounds),

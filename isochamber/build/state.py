@@ -139,6 +139,16 @@ class State:
         """Return where the compiled system call filter ``digest`` lies."""
         return self.root / paths.FILTERS / f"{digest}.bpf"
 
+    def home(self, tid: str) -> Path:
+        """Return where the tenant's /home is: on its disk image where it has one."""
+        inside = self.tenant_fs(tid) / "home"
+        return inside if inside.is_dir() else self.tenant_persist(tid) / "home"
+
+    def staging_of(self, tid: str) -> Path:
+        """Return where what becomes part of the tenant's upper or /home is staged: on the same file system."""
+        inside = self.tenant_fs(tid) / paths.STAGING
+        return inside if inside.is_dir() else self.staging
+
     def log(self, product: str) -> Path:
         """Return the log that errors of ``product`` (``layer-sensor``) name."""
         return self.root / paths.LOGS / f"{product}.log"

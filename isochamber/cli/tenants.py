@@ -85,9 +85,11 @@ def show(arguments: argparse.Namespace) -> int:
 
 def _show_limits(entry: dict[str, Any], root: str) -> None:
     """Say of each limit which file holds it, or that none does."""
-    from isochamber.launch import limits, records  # noqa: PLC0415
+    from isochamber.launch import disk, limits, records  # noqa: PLC0415
 
     running = records.running(entry["tid"]) is not None
+    if entry["disk"] is not None:
+        common.say(f"{'limit':<11} disk {entry['disk']}: {printable(disk.image_of(root, entry['tid']))}")
     for text, problem in limits.in_force(entry["tid"], entry["limits"], root, running=running):
         common.say(f"{'limit':<11} {printable(text)}")
         if problem is not None:

@@ -30,6 +30,7 @@ class Entry:
         "capabilities",
         "cwd",
         "devices",
+        "disk",
         "env",
         "gid",
         "home",
@@ -106,6 +107,7 @@ class Entry:
         self.limits_required: list[str] = field.texts("limits_required")
         self.devices: list[Device] = [Device(device) for device in field.objects("devices")]
         self.read_only: bool = field.flag("read_only")
+        self.disk: int | None = None if field.present("disk") is None else field.number("disk", 1, 1 << 62)
         # Only a plan has these.
         self.volatile: bool = raw.get("volatile") is True
         self.home_fd: int | None = field.number("home_fd", 0, 1 << 20) if "home_fd" in raw else None

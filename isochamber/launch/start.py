@@ -19,6 +19,7 @@ from isochamber.launch import (
     channel,
     devicegroup,
     devices,
+    disk,
     handover,
     ipc,
     join,
@@ -77,6 +78,8 @@ class Prepared:
         try:
             if entry.ipc is not None:
                 ipc.check(entry.ipc)
+            if entry.disk is not None:
+                disk.attach(root, entry.tid)
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
             join.ensure(root, entry, self.net)
             allowed = devicegroup.rules(entry.devices)

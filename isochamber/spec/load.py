@@ -19,7 +19,7 @@ SNAPSHOT_MIRROR = "http://snapshot.debian.org/archive/debian/{}"
 
 # What limits: may say; the defaults of those that are not here stand in the dataclass.
 _LIMITS = {"tmp": 64 << 20, "shm": 64 << 20, "open_files": 1024, "install_seconds": 3600}
-_SIZES = ("tmp", "shm", "memory", "swap", "io_read", "io_write", "file_size", "locked_memory", "install_memory")
+_SIZES = ("tmp", "shm", "memory", "swap", "io_read", "io_write", "file_size", "locked_memory", "install_memory", "disk")
 
 # What uname(2) says -> what Debian says, for a 64-bit and a 32-bit userland.
 _ARCHITECTURES = {

@@ -100,6 +100,7 @@ class Limits:
     shm_inodes: int | None = None
     file_size: int = 16 << 30  # RLIMIT_FSIZE, holes counted
     locked_memory: int = 8 << 20  # RLIMIT_MEMLOCK
+    disk: int | None = None  # upper and /home together
     install_memory: int = 1 << 30
     install_processes: int = 4096
     required: tuple[str, ...] = ()  # names that the operator wrote down: not in force is an error, not a warning

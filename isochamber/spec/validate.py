@@ -89,7 +89,7 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
     def _check_with_memory(self, field: str, value: object) -> None:
         size = parse_size(value)
         if size is None or size < LEAST_MEMORY or (isinstance(value, str) and re.fullmatch(MEMORY, value) is None):
-            self._error(field, "bytes, or a number with M or G, and at least 16M, which a start itself takes")
+            self._error(field, "bytes, or a number with M or G, and at least 16M")
 
     def _check_with_finite(self, field: str, value: object) -> None:
         if isinstance(value, float) and not math.isfinite(value):

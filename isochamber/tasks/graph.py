@@ -66,7 +66,7 @@ def tenant_tasks(pipeline: Pipeline) -> Iterator[Task]:
             "dirs",
             name,
             f"directories of {name}",
-            lambda n: pipeline.identity_of(n) is not None,
+            pipeline.dirs_current,
             pipeline.make_dirs,
             [],
         )

@@ -61,7 +61,7 @@ class Tenant:
             "uid": 0, "gid": 0, "uid_base": self.uid_base, "uid_count": UID_COUNT, "lowers": [base],
             "upper": self._relative("upper"), "workdir": self._relative("workdir"),
             "overlay": self._relative("overlay"), "home": f"tenants_persist/{self.tid}/home", "ipc": None,
-            "network": "none", "net": None, "capabilities": [], "devices": [], "read_only": False,
+            "network": "none", "net": None, "capabilities": [], "devices": [], "read_only": False, "disk": None,
             "seccomp": FILTERS.entry(),
             "tmpfs": {"tmp": 1 << 26, "shm": 1 << 26},
             "rlimits": {"NOFILE": 1024, "CORE": 0}, "limits": {}, "limits_required": [], "service": service(),
