@@ -137,7 +137,7 @@ class _Loader:
         files = {}
         for inside, source in value.get("files", {}).items():
             path = self._file.parent / source
-            if not path.is_file():
+            if not os.path.isfile(path):  # noqa: PTH113 - Path.is_file raises for a path that is too long
                 self._problem(
                     ("bases", name, "files", inside), f"{printable(path)} is not a file, must be one of the host's"
                 )
@@ -244,7 +244,7 @@ class _Loader:
         try:
             return package.read(Path(os.path.normpath(directory)), name)
         except SpecError as error:
-            if given and not directory.is_dir():
+            if given and not os.path.isdir(directory):  # noqa: PTH112 - Path.is_dir raises for a path that is too long
                 self._problem(("tenants", name, "package"), f"{printable(directory)} is not a directory")
             else:
                 self._foreign.extend(error.problems)
