@@ -31,7 +31,11 @@ _LONG: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("vm", "pytest: whole directories of tests on a second kernel", ("pytest", "-m", "vm or vm_all", "tests/vm")),
     ("crash", "pytest: a cut and an error at every single system call", ("pytest", "-m", "crash", "tests/crash")),
     ("chaos", "pytest: ten thousand operations with random kills", ("pytest", "-m", "chaos", "tests/crash")),
-    ("fuzz", "pytest: 100,000 hostile inputs to what reads packages and files", ("pytest", "-m", "fuzz", "tests/fuzz")),
+    (
+        "fuzz",
+        "pytest: 100,000 hostile inputs to what reads packages and files",
+        ("pytest", "-m", "fuzz", "-o", "faulthandler_timeout=0", "tests/fuzz"),
+    ),
     ("power", "pytest: hundreds of power cuts of a virtual machine", ("pytest", "-m", "power", "tests/vm")),
 )
 
