@@ -13,7 +13,6 @@ started; the file is written from the copy. Reading one back is in
 
 import base64
 import contextlib
-import errno
 import fcntl
 import io
 import json
@@ -75,7 +74,7 @@ def backup(state: State, tenant: str, target: Path) -> Saved:
             with locks.product_lock(state, f"tenant-{tid}", lambda _line: None), still(tid, name):
                 copy_tree(state.home(tid), stage / HOME, saved.left_out)
                 beside = _beside(persist)
-            listed = manifest.describe(stage / HOME)
+            listed = manifest.describe(stage / HOME, holes=True)
             saved.size, saved.names = listed.size, listed.names
             meta = {
                 "format": FORMAT, "name": name, "tid": tid, "namespace": str(state.require_namespace()),
@@ -179,7 +178,7 @@ def copy_tree(source: Path, target: Path, left_out: list[str]) -> None:
 def _copy_directory(
     source: int, target: int, root: Path, prefix: str, links: dict[tuple[int, int], Path], left_out: list[str]
 ) -> None:
-    if prefix.count("/") >= tree.MAX_DEPTH:
+    if prefix.count("/") >= tree.MAX_DEPTH - 1:
         left_out.append(f"{prefix[:80]}...: deeper than {tree.MAX_DEPTH} directories")
         return
     for name in sorted(os.listdir(source)):
@@ -236,7 +235,7 @@ def _copy_file(source: int, target: int, name: str) -> None:
 def _copy_extents(reading: int, writing: int) -> None:
     size = os.fstat(reading).st_size
     os.ftruncate(writing, size)
-    for begin, length in extents(reading, size):
+    for begin, length in tree.extents(reading, size):
         left, offset = length, begin
         while left > 0:
             chunk = os.pread(reading, min(left, _CHUNK), offset)
@@ -245,24 +244,6 @@ def _copy_extents(reading: int, writing: int) -> None:
             written = os.pwrite(writing, chunk, offset)
             offset += written
             left -= written
-
-
-def extents(descriptor: int, size: int) -> list[tuple[int, int]]:
-    """Return (offset, length) of what is no hole: lseek(2), SEEK_DATA."""
-    found, offset = [], 0
-    while offset < size:
-        try:
-            begin = os.lseek(descriptor, offset, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                break
-            raise
-        end = min(os.lseek(descriptor, begin, os.SEEK_HOLE), size)
-        if end <= begin:
-            break
-        found.append((begin, end - begin))
-        offset = end
-    return found
 
 
 def _copy_status(reading: int, writing: int) -> None:
@@ -343,7 +324,7 @@ def _add_file(archive: tarfile.TarFile, name: str, item: tree.Item) -> None:
     with os.fdopen(descriptor, "rb", buffering=0) as file:
         member = _header(name, item.status, f"/proc/self/fd/{descriptor}")
         size = item.status.st_size
-        parts = extents(descriptor, size)
+        parts = tree.extents(descriptor, size)
         if sum(length for _, length in parts) == size:
             member.size = size
             os.lseek(descriptor, 0, os.SEEK_SET)

@@ -137,8 +137,8 @@ def slot_of(entry: Mapping[str, Any]) -> str:
 
 def choose_slot(state: State, tid: str, wanted: list[str]) -> str:
     """Return the slot whose upper a tenant over the lowers ``wanted`` uses, or is to get."""
-    known = {slot: _lowers_of(state, tid, slot) for slot in identity.SLOTS}
     entry = registry.read(state, salvage=True).get(tid)
+    known = {slot: _belongs_to(state, tid, slot, entry) for slot in identity.SLOTS}
     if entry is not None and slot_of(entry) in known:
         used = slot_of(entry)
         return used if known[used] == wanted else next(slot for slot in identity.SLOTS if slot != used)
@@ -162,8 +162,10 @@ def put(state: State, wanted: Entry, reporter: Reporter) -> None:
             former = registry.read(state, salvage=True).get(tid)
             slot = slot_of(wanted)
             switches = former is not None and slot_of(former) != slot
-            if switches or _lowers_of(state, tid, slot) != wanted["lowers"]:
+            if switches or _belongs_to(state, tid, slot, former) != wanted["lowers"]:
                 _refresh_upper(state, wanted, former, reporter)
+            if _lowers_of(state, tid, slot) != wanted["lowers"]:
+                _write_lowers(state, wanted)
             registry.put(state, wanted)
     except OSError as error:
         raise IsochamberError.from_os(error, stage="configure", tenant=wanted["name"]) from error
@@ -189,8 +191,18 @@ def _lowers_of(state: State, tid: str, slot: str) -> list[str] | None:
         return None
 
 
+def _belongs_to(state: State, tid: str, slot: str, entry: Entry | None) -> list[str] | None:
+    """Return the lowers of the slot's upper: what its file says, or, when that is lost, the entry that uses it."""
+    told = _lowers_of(state, tid, slot)
+    if told is None and entry is not None and slot_of(entry) == slot:
+        return [str(lower) for lower in entry["lowers"]]
+    return told
+
+
 def _refresh_upper(state: State, entry: Entry, former: Entry | None, reporter: Reporter) -> None:
     tid, slot = entry["tid"], slot_of(entry)
+    if former is None and _lowers_of(state, tid, slot) is None and not any((state.root / entry["upper"]).iterdir()):
+        return  # just made
     running = records.running(tid)
     if running is not None and running.waits:
         stop.stop(tid)  # a warm sandbox: nobody's yet, and made of what is replaced here
@@ -205,8 +217,11 @@ def _refresh_upper(state: State, entry: Entry, former: Entry | None, reporter: R
         reporter.say(f"{entry['name']}: its layers changed: a fresh root file system, /home stays")
         _keep_both(state, former, entry)
     make_slot(state, tid, slot, entry["uid_base"])
+
+
+def _write_lowers(state: State, entry: Entry) -> None:
     content = "".join(f"{lower}\n" for lower in entry["lowers"]).encode()
-    durable.write_file(_lowers_file(state, tid, slot), content, staging=state.staging_of(tid))
+    durable.write_file(_lowers_file(state, entry["tid"], slot_of(entry)), content, staging=state.staging_of(entry["tid"]))
 
 
 def make_slot(state: State, tid: str, slot: str, uid_base: int) -> None:

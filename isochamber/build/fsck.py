@@ -165,7 +165,7 @@ def _of_tenant(state: State, tid: str) -> Iterator[Finding]:
             yield Finding("tenant", tid, f"{name}: the filter {digest} is missing", _RECONFIGURE)
     if not missing and not gone:
         if not entry.current(state, found):
-            yield Finding("tenant", tid, f"{name}: its upper belongs to other lowers", _RECONFIGURE)
+            yield Finding("tenant", tid, f"{name}: it is not known what its upper belongs to", "written anew")
         owner = (state.root / found["upper"]).lstat().st_uid
         if owner != found["uid_base"]:
             yield Finding("tenant", tid, f"{name}: its upper belongs to uid {owner}", "chown it", repairable=False)

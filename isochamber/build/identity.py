@@ -171,4 +171,4 @@ def _make_directories(state: State, tid: str, tenant: str, uid_base: int) -> Non
                     (stage / NAME).write_text(f"{tenant}\n")  # a tid can't be turned back into a name
                 durable.commit_tree(stage, directory)
     if not (persist / NAME).is_file():
-        durable.write_file(persist / NAME, f"{tenant}\n".encode(), staging=state.staging)
+        durable.write_file(persist / NAME, f"{tenant}\n".encode(), mode=0o644, staging=state.staging)

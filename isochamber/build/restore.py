@@ -86,7 +86,7 @@ def _extract(state: State, file: Path, opened: IO[bytes], stage: Path) -> _Archi
     archive = _Archive(stage, root)
     try:
         _read(state, archive, opened)
-        described = manifest.describe(stage / backup.HOME)
+        described = manifest.describe(stage / backup.HOME, holes=True)
         if archive.lines is None:
             raise _RefusedError("it was cut: its list is missing")
         if described.lines != archive.lines:

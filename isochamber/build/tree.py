@@ -1,5 +1,6 @@
 """Walking and removing trees that a tenant may have made: by descriptors, never through a symlink."""
 
+import errno
 import os
 import secrets
 import stat
@@ -54,6 +55,24 @@ def walk(root: int, *, stage: str, prefix: str = "") -> Iterator[Item]:
                 yield from walk(below, stage=stage, prefix=f"{path}/")
             finally:
                 os.close(below)
+
+
+def extents(descriptor: int, size: int) -> list[tuple[int, int]]:
+    """Return (offset, length) of what is no hole: lseek(2), SEEK_DATA."""
+    found, offset = [], 0
+    while offset < size:
+        try:
+            begin = os.lseek(descriptor, offset, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break
+            raise
+        end = min(os.lseek(descriptor, begin, os.SEEK_HOLE), size)
+        if end <= begin:
+            break
+        found.append((begin, end - begin))
+        offset = end
+    return found
 
 
 def size_of(path: Path) -> int:

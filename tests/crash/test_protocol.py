@@ -44,6 +44,22 @@ def test_the_checker_notices_every_sync_that_is_left_out(
     assert _check(server, worlds, crash_directory, variant).violations
 
 
+def test_a_no_op_makes_no_call_that_could_write_below_the_state_directory(server: Server, fresh: World) -> None:
+    def written(trace: str) -> list[str]:
+        harmless = ("open", "openat", "openat2")
+        return [
+            call.line
+            for call in protocol.calls(trace)
+            if str(fresh.root) in call.line
+            and (call.name not in harmless or any(flag in call.arguments for flag in ("O_WRONLY", "O_RDWR", "O_CREAT")))
+        ]
+
+    server.do("configure", fresh)
+    assert written(server.trace("configure", fresh, children=True)) == []
+    fresh.change()
+    assert written(server.trace("configure", fresh, children=True)), "the trace shows nothing"
+
+
 # Writers that may be found outside durable.py, with the reason.
 _STAGED_ONLY = {
     "isochamber/build/base.py": "writes below a stage",
@@ -63,6 +79,8 @@ _STAGED_ONLY = {
     "isochamber/build/gc.py": "removes files of cache/, and locks",
     "isochamber/build/locks.py": "locks, in the run-time directory",
     "isochamber/build/recover.py": "a note in the run-time directory",
+    "isochamber/build/disk.py": "an image is made in a stage, synced, renamed; a cut is settled at the mount",
+    "isochamber/build/diskfill.py": "fills an image that lies in a stage",
     "isochamber/build/durable.py": "this is it",
 }
 _WRITING = {
