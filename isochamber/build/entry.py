@@ -221,7 +221,9 @@ def _refresh_upper(state: State, entry: Entry, former: Entry | None, reporter: R
 
 def _write_lowers(state: State, entry: Entry) -> None:
     content = "".join(f"{lower}\n" for lower in entry["lowers"]).encode()
-    durable.write_file(_lowers_file(state, entry["tid"], slot_of(entry)), content, staging=state.staging_of(entry["tid"]))
+    durable.write_file(
+        _lowers_file(state, entry["tid"], slot_of(entry)), content, staging=state.staging_of(entry["tid"])
+    )
 
 
 def make_slot(state: State, tid: str, slot: str, uid_base: int) -> None:
