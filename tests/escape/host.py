@@ -66,7 +66,7 @@ class Host:
         return Host(
             tuple(_text(f"/proc/sys/{name}") for name in _SETTINGS),
             tuple(sorted(line.split()[4] for line in lines if " - nsfs " not in line)),
-            _text("/proc/modules"),
+            " ".join(sorted(line.split()[0] for line in _text("/proc/modules").splitlines())),  # and not how often used
             _text("/proc/swaps"),
             tree_digest(worlds.root / worlds.base),
             worlds.canary.read_text(),

@@ -23,6 +23,7 @@ def _limit(tenant: Tenant, required: bool = True, **values: int) -> None:
     tenant.change(limits=values, limits_required=sorted(values) if required else [])
 
 
+@pytest.mark.guest
 def test_every_limit_stands_in_its_file_while_the_tenant_runs(tenant: Tenant) -> None:
     groups.require("memory", "pids", "cpu")
     _limit(tenant, False, **ALL)
@@ -36,6 +37,7 @@ def test_every_limit_stands_in_its_file_while_the_tenant_runs(tenant: Tenant) ->
     assert groups.everywhere(tenant) == []
 
 
+@pytest.mark.guest
 def test_disk_limits_stand_in_their_files_too(tenant: Tenant) -> None:
     groups.require("blkio")
     disk = limits.disk_of(str(tenant.root))
@@ -101,6 +103,7 @@ def test_a_quota_of_processor_time_throttles(tenant: Tenant) -> None:
         assert groups.stat(tenant, "cpu", "cpu.stat")["nr_throttled"] > 0
 
 
+@pytest.mark.guest
 def test_what_a_tenant_starts_stays_in_its_groups_whatever_it_does(tenant: Tenant) -> None:
     groups.require("pids", "memory")
     _limit(tenant, False, **ALL)

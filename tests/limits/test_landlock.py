@@ -55,6 +55,7 @@ def test_an_abstract_socket_of_the_host_is_out_of_reach_on_its_own_network(tenan
     assert "not permitted" in done.stderr
 
 
+@pytest.mark.guest
 def test_abstract_sockets_and_signals_among_its_own_processes_work(tenant: Tenant) -> None:
     script = (
         "use Socket; socket(my $l, AF_UNIX, SOCK_STREAM, 0); bind($l, pack_sockaddr_un(qq(\\0own))) or die; "
@@ -125,6 +126,7 @@ def test_at_every_level_of_the_kernel_a_tenant_starts_and_moves_files(tenant: Te
     assert done.stdout == "moved\n", done.stderr
 
 
+@pytest.mark.guest
 def test_what_the_kernel_has_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     levels = {0: "none", 1: "too old", 2: "no device nodes", 5: "ioctls", 6: "signals", 9: "ABI 9"}
     for level, part in levels.items():
