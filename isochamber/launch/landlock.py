@@ -2,7 +2,7 @@
 
 The mounts are what bounds a tenant's view of files. Landlock comes on top: no mount
 can be changed by whoever is in a domain, even in a user namespace of its own; device
-nodes can't be made (the 0:0 of overlayfs is free to everybody otherwise); from ABI 5
+nodes can't be made (the 0:0 of overlayfs is free to everybody otherwise, and at ABI 2 still is); from ABI 5
 on devices take ioctls below /dev only, from ABI 6 on abstract sockets and signals
 stay among the tenant's own processes. ABI 1 refuses every rename between
 directories, so it is not used.
