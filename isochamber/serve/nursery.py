@@ -484,10 +484,13 @@ class Nursery:
             )
         held.ended_at = time.time()
         # The supervisor first: who hears the end from us may ask it for the next start at once.
-        self._report({"on": "ended", **held.describe(), "lost": lost})
-        if held.client is not None:
-            channel.send_ended(held.client, held.status)
+        report = {"on": "ended", **held.describe(), "lost": lost}
+        client, held.client = held.client, None
         held.close()
+        self._report(report)
+        if client is not None:
+            channel.send_ended(client, held.status)
+            client.close()
         if held.kind in ("exec", "warm") and self._supervisor is None:
             self._held.pop(held.key, None)  # nobody asks for these again
 
