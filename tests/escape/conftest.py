@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from isochamber.build.state import State
 from tests.escape import table
 from tests.escape.attempts import Outcome
 from tests.escape.worlds import Worlds, compile_probe
@@ -17,7 +18,7 @@ OUTCOMES: dict[str, tuple[Outcome, str]] = {}  # attempt -> what became of it, a
 def worlds(make_root: Callable[[], Path], scratch: Path) -> Iterator[Worlds]:
     """A state directory with a base, the compiled probe, and a host to be harmed."""
     root = make_root()
-    (root / "layers").mkdir(exist_ok=True)
+    State(root).create()  # before there are tenants, who are made by hand here
     (product,) = (root / "base_fs").iterdir()
     made = Worlds(root, f"base_fs/{product.name}/rootfs", compile_probe(scratch), scratch, table.ATTEMPTS)
     yield made
