@@ -73,6 +73,11 @@ def stamp(site: Site) -> str:
     return hashlib.sha256(rules.shared(site, ()).encode()).hexdigest()[:16]
 
 
+def _signed(site: Site, between: Iterable[str]) -> str:
+    """Return the shared rules with the empty set ``signed`` named after them: who adds to them asks for it by name."""
+    return rules.shared(site, between).replace("set signed {", f"set signed-by-{stamp(site)} {{")
+
+
 def shared_is_there(site: Site) -> bool:
     """Say whether both tables are there, made from this version's text for this site."""
     found = {(item["table"]["family"], item["table"]["name"]) for item in _list("tables") or [] if "table" in item}
@@ -91,7 +96,7 @@ def rebuild(plan: Plan, between: Iterable[str], facts: Callable[[Member], Facts]
         return
     used = quotas(site)
     kept = set(between) | set(_between(site))
-    text = [_removal(site), rules.shared(site, kept), f"add table inet {_stamp_table(site)}\n"]
+    text = [_removal(site), _signed(site, kept), f"add table inet {_stamp_table(site)}\n"]
     for member in plan.members.values():
         fact = facts(member)
         spent = max(fact.used, used.get(member.number, 0))
@@ -121,10 +126,13 @@ def put(site: Site, member: Member, facts: Facts, *, known: bool = True) -> None
 
     ``known``: it was here before, maybe with other ports. Raises IsochamberError.
     """
-    if rules.stamp(site, member, facts.resolvers) in _comments(site, member):
+    if known and rules.stamp(site, member, facts.resolvers) in _comments(site, member):
         return
-    used = quotas(site, member).get(member.number)
-    text = rules.drop_stale_ports(site, member, _published(site)) if known else ""
+    # nft reads the whole table for a list: who is new is spared that, so that one more costs little among many.
+    used = quotas(site, member).get(member.number) if known else None
+    # Fails where the shared rules are gone or were made from another text; then nothing at all is changed.
+    text = "".join(f"flush set {family} {site.table} signed-by-{stamp(site)}\n" for family in ("inet", "bridge"))
+    text += rules.drop_stale_ports(site, member, _published(site)) if known else ""
     text += rules.clear(site, member) + rules.add(
         site, member, facts.resolvers, facts.names, facts.used if used is None else used
     )
@@ -205,7 +213,7 @@ def differences(plan: Plan, facts: Callable[[Member], Facts]) -> dict[str, str]:
     found = _list(*listing)
     if found is None:
         return {"": "its nftables tables are gone"}
-    text = [rules.shared(site, _between(site))]
+    text = [_signed(site, _between(site))]
     for member in plan.members.values():
         fact = facts(member)
         text.append(rules.add(site, member, fact.resolvers, fact.names, 0))

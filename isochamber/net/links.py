@@ -81,15 +81,15 @@ def _link(message: Any) -> Link:
 
 def check_collision(netlink: Any, site: Site) -> None:
     """Refuse a subnet that a route of the host leads into already; raises IsochamberError naming both."""
-    found = read(netlink)
-    ours = found[site.bridge].index if site.bridge in found else 0
-    names = {link.index: link.name for link in found.values()}
+    bridge = find(netlink, site.bridge)
+    ours = 0 if bridge is None else bridge.index
     for block, family in ((site.gateway4.network, 2), (site.gateway6.network, 10)):
         for route in netlink.get_routes(family=family):
             if route.get_attr("RTA_OIF") == ours or route["dst_len"] == 0 or route.get("type") not in (None, 1):
                 continue
             there = ipaddress.ip_network(f"{route.get_attr('RTA_DST')}/{route['dst_len']}")
             if block.overlaps(there):
+                names = {link.index: link.name for link in read(netlink).values()}
                 raise IsochamberError(
                     f"tenants' addresses {block} collide with the host's route to {there} by"
                     f" {names.get(route.get_attr('RTA_OIF'), '?')}",

@@ -93,31 +93,32 @@ class Network:
             if member is None or wanted.site is None:
                 return
             shaping.check(member.rate, member.name)
-            if not self._ensure_shared(entries, wanted.site, rebuild=rebuild):
-                for each in (member, *(wanted.members[peer.tid] for peer in member.peers)):
-                    self._put(entries, wanted.site, each)
+            links.check_collision(self.netlink, wanted.site)
+            self._ensure_rules(entries, wanted, member, rebuild=rebuild)
+            links.ensure_bridge(self.netlink, wanted.site, self.host)
             for peer in member.peers:
                 if os.path.exists(paths.network_file(peer.tid, "hosts")):  # noqa: PTH110 - names are texts here
                     self._write_names(wanted.members[peer.tid])
             self._ensure_routing(entries, wanted.site)
             self._ensure_member(wanted.site, member)
 
-    def _put(self, entries: Mapping[str, Mapping[str, Any]], site: Site, member: Member) -> None:
-        """Put in a tenant's rules; when what is there is in the way (somebody's hand, a lost link), all of them."""
-        try:
-            known = links.find(self.netlink, member.port) is not None
-            firewall.put(site, member, self.facts(member), known=known)
-        except IsochamberError:
-            firewall.rebuild(plan.make(entries.values()), (), self.facts)
-
-    def _ensure_shared(self, entries: Mapping[str, Mapping[str, Any]], site: Site, *, rebuild: bool) -> bool:
-        """Make tables and bridge; returns whether the tables were made anew, with every member in them."""
-        links.check_collision(self.netlink, site)
-        made = rebuild or not firewall.shared_is_there(site)
-        if made:
-            firewall.rebuild(plan.make(entries.values()), self._forwarding_is_new(site), self.facts)
-        links.ensure_bridge(self.netlink, site, self.host)
-        return made
+    def _ensure_rules(
+        self, entries: Mapping[str, Mapping[str, Any]], wanted: Plan, member: Member, *, rebuild: bool
+    ) -> None:
+        """Put in a tenant's rules and its peers'; where that fails (a flush, somebody's hand), all of them."""
+        site = wanted.site
+        if site is None:
+            return
+        known = links.find(self.netlink, member.port) is not None
+        if not rebuild and (not known or firewall.shared_is_there(site)):
+            try:
+                firewall.put(site, member, self.facts(member), known=known)
+                for peer in member.peers:
+                    firewall.put(site, wanted.members[peer.tid], self.facts(wanted.members[peer.tid]))
+                return
+            except IsochamberError:
+                pass  # the next line says what is still wrong
+        firewall.rebuild(plan.make(entries.values()), self._forwarding_is_new(site), self.facts)
 
     def _forwarding_is_new(self, site: Site) -> list[str]:
         """Return the interfaces between which this host forwarded nothing so far: forwarding is all or nothing."""

@@ -66,6 +66,7 @@ table inet {table} {{
     set accepted6 {{ type ipv6_addr; size 65535; flags dynamic; }}
     set never4 {{ type ipv4_addr; flags interval; elements = {{ {", ".join(NEVER4)} }} }}
     set never6 {{ type ipv6_addr; flags interval; elements = {{ {", ".join(NEVER6)} }} }}
+    set signed {{ type mark; }}
     set between {{ type ifname; {f"elements = {{ {guard} }}" if guard else ""} }}
 
     chain early {{
@@ -137,6 +138,7 @@ table inet {table} {{
     }}
 }}
 table bridge {table} {{
+    set signed {{ type mark; }}
     set pairs4 {{ type ifname . ether_addr . ipv4_addr; }}
     set pairs6 {{ type ifname . ether_addr . ipv6_addr; }}
 
