@@ -12,123 +12,10 @@ import ctypes
 import os
 from errno import EINVAL, ENOSYS
 
+# ruff: noqa: F405 - every name in capitals below is a number of the next line's module
+from isochamber.launch.constants import *  # noqa: F403 - callers find the numbers beside the calls that take them
+
 _libc = ctypes.CDLL(None, use_errno=True)
-
-# Numbers of calls that glibc 2.36 has no function for. From 424 on every architecture counts alike.
-_NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "armv7l": 218, "i686": 217}.get(os.uname().machine, -1)
-_NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "i686": 357}.get(os.uname().machine, -1)
-_NR_SECCOMP = {"x86_64": 317, "aarch64": 277, "riscv64": 277, "armv7l": 383, "i686": 354}.get(os.uname().machine, -1)
-_NR_OPEN_TREE = 428
-_NR_MOVE_MOUNT = 429
-_NR_CLONE3 = 435
-_NR_CLOSE_RANGE = 436
-_NR_OPENAT2 = 437
-_NR_PIDFD_GETFD = 438
-_NR_MOUNT_SETATTR = 442
-_NR_QUOTACTL_FD = 443
-_NR_LANDLOCK_CREATE_RULESET = 444
-_NR_LANDLOCK_ADD_RULE = 445
-_NR_LANDLOCK_RESTRICT_SELF = 446
-
-AT_FDCWD = -100
-AT_EMPTY_PATH = 0x1000
-AT_RECURSIVE = 0x8000
-AT_SYMLINK_NOFOLLOW = 0x100
-
-# mount(2)
-MS_RDONLY = 1
-MS_NOSUID = 2
-MS_NODEV = 4
-MS_NOEXEC = 8
-MS_REMOUNT = 32
-MS_BIND = 4096
-MS_REC = 16384
-MS_PRIVATE = 1 << 18
-MS_SLAVE = 1 << 19
-MS_SHARED = 1 << 20
-MNT_DETACH = 2
-
-# openat2(2)
-RESOLVE_NO_XDEV = 0x01
-RESOLVE_NO_MAGICLINKS = 0x02
-RESOLVE_NO_SYMLINKS = 0x04
-RESOLVE_BENEATH = 0x08
-RESOLVE_IN_ROOT = 0x10
-
-# open_tree(2), move_mount(2), mount_setattr(2)
-OPEN_TREE_CLONE = 1
-OPEN_TREE_CLOEXEC = os.O_CLOEXEC
-MOVE_MOUNT_F_EMPTY_PATH = 0x04
-MOVE_MOUNT_T_EMPTY_PATH = 0x40
-MOUNT_ATTR_RDONLY = 0x01
-MOUNT_ATTR_NOSUID = 0x02
-MOUNT_ATTR_NODEV = 0x04
-MOUNT_ATTR_NOEXEC = 0x08
-MOUNT_ATTR_NOATIME = 0x10
-MOUNT_ATTR__ATIME = 0x70  # the field that NOATIME is a value of; it must be cleared to be set
-MOUNT_ATTR_IDMAP = 0x00100000
-
-# clone(2)
-CLONE_NEWNS = 0x00020000
-CLONE_NEWCGROUP = 0x02000000
-CLONE_NEWUTS = 0x04000000
-CLONE_NEWIPC = 0x08000000
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWNET = 0x40000000
-CLONE_PIDFD = 0x1000
-CLONE_INTO_CGROUP = 0x200000000
-
-# prctl(2)
-PR_SET_PDEATHSIG = 1
-PR_SET_DUMPABLE = 4
-PR_SET_NAME = 15
-PR_CAPBSET_READ = 23
-PR_CAPBSET_DROP = 24
-PR_SET_SECUREBITS = 28
-SECBIT_NO_SETUID_FIXUP = 4
-PR_SET_NO_NEW_PRIVS = 38
-PR_GET_NO_NEW_PRIVS = 39
-PR_CAP_AMBIENT = 47
-PR_CAP_AMBIENT_RAISE = 2
-PR_CAP_AMBIENT_CLEAR_ALL = 4
-
-# seccomp(2)
-SECCOMP_FILTER_FLAG_LOG = 2
-SECCOMP_FILTER_FLAG_NEW_LISTENER = 8
-_SECCOMP_SET_MODE_FILTER = 1
-
-# fanotify(7)
-FAN_ACCESS = 0x1
-FAN_OPEN = 0x20
-FAN_Q_OVERFLOW = 0x4000
-FAN_OPEN_EXEC = 0x1000
-FAN_ONDIR = 0x40000000
-FAN_CLOEXEC = 0x1
-FAN_NONBLOCK = 0x2
-FAN_CLASS_NOTIF = 0
-FAN_UNLIMITED_QUEUE = 0x10
-FAN_UNLIMITED_MARKS = 0x20
-FAN_MARK_ADD = 0x1
-FAN_MARK_MOUNT = 0x10
-
-# inotify(7)
-IN_MODIFY = 0x2
-IN_CLOSE_WRITE = 0x8
-IN_MOVED_TO = 0x80
-IN_CREATE = 0x100
-IN_DELETE = 0x200
-
-RENAME_NOREPLACE = 1
-RENAME_EXCHANGE = 2
-
-_CLOSE_RANGE_CLOEXEC = 4
-
-_SINCE = {
-    "open_tree": "5.2", "move_mount": "5.2", "clone3": "5.3", "openat2": "5.6", "mount_setattr": "5.12",
-    "close_range": "5.11", "pidfd_getfd": "5.6", "seccomp": "3.17 with CONFIG_SECCOMP_FILTER",
-    "renameat2": "3.15", "fanotify_init": "2.6.37 with CONFIG_FANOTIFY", "syncfs": "2.6.39",
-}  # fmt: skip
 
 
 class _OpenHow(ctypes.Structure):
@@ -218,8 +105,8 @@ def _checked(result: int, call: str, path: str | bytes | int | None) -> int:
         return result
     number = ctypes.get_errno()
     text = os.strerror(number)
-    if number == ENOSYS and call in _SINCE:
-        text = f"this kernel has no {call}(2), Linux {_SINCE[call]} brought it"
+    if number == ENOSYS and call in SINCE:
+        text = f"this kernel has no {call}(2), Linux {SINCE[call]} brought it"
     name = os.fsdecode(path) if isinstance(path, bytes) else path
     raise OSError(number, text, f"{call}" if name is None else f"{name}")
 
@@ -257,7 +144,7 @@ def umount2(target: str | bytes, flags: int = 0) -> None:
 def pivot_root(new_root: str | bytes, put_old: str | bytes) -> None:
     """pivot_root(2)."""
     _syscall(
-        _NR_PIVOT_ROOT, "pivot_root", new_root, ctypes.c_char_p(_encoded(new_root)), ctypes.c_char_p(_encoded(put_old))
+        NR_PIVOT_ROOT, "pivot_root", new_root, ctypes.c_char_p(_encoded(new_root)), ctypes.c_char_p(_encoded(put_old))
     )
 
 
@@ -265,7 +152,7 @@ def openat2(dir_fd: int, path: str | bytes, flags: int, mode: int = 0, resolve: 
     """openat2(2), always close-on-exec; returns the descriptor."""
     how = _OpenHow(flags | os.O_CLOEXEC, mode, resolve)
     return _syscall(
-        _NR_OPENAT2, "openat2", path,
+        NR_OPENAT2, "openat2", path,
         ctypes.c_int(dir_fd), ctypes.c_char_p(_encoded(path)), ctypes.byref(how), ctypes.c_size_t(ctypes.sizeof(how)),
     )  # fmt: skip
 
@@ -273,7 +160,7 @@ def openat2(dir_fd: int, path: str | bytes, flags: int, mode: int = 0, resolve: 
 def open_tree(dir_fd: int, path: str | bytes, flags: int) -> int:
     """open_tree(2), always close-on-exec; with OPEN_TREE_CLONE the descriptor is a detached mount."""
     return _syscall(
-        _NR_OPEN_TREE, "open_tree", path,
+        NR_OPEN_TREE, "open_tree", path,
         ctypes.c_int(dir_fd), ctypes.c_char_p(_encoded(path)), ctypes.c_uint(flags | OPEN_TREE_CLOEXEC),
     )  # fmt: skip
 
@@ -282,7 +169,7 @@ def move_mount(from_fd: int, to_fd: int, to_path: str | bytes = b"") -> None:
     """move_mount(2): attach the detached mount ``from_fd`` at ``to_path`` below ``to_fd``, or on ``to_fd`` itself."""
     flags = MOVE_MOUNT_F_EMPTY_PATH | (0 if to_path else MOVE_MOUNT_T_EMPTY_PATH)
     _syscall(
-        _NR_MOVE_MOUNT, "move_mount", to_path or None,
+        NR_MOVE_MOUNT, "move_mount", to_path or None,
         ctypes.c_int(from_fd), ctypes.c_char_p(b""), ctypes.c_int(to_fd), ctypes.c_char_p(_encoded(to_path)),
         ctypes.c_uint(flags),
     )  # fmt: skip
@@ -294,7 +181,7 @@ def mount_setattr(
     """mount_setattr(2) on the mount that ``fd`` names; ``userns_fd`` counts with MOUNT_ATTR_IDMAP."""
     attr = _MountAttr(attributes, clear, propagation, userns_fd)
     _syscall(
-        _NR_MOUNT_SETATTR, "mount_setattr", None,
+        NR_MOUNT_SETATTR, "mount_setattr", None,
         ctypes.c_int(fd), ctypes.c_char_p(b""), ctypes.c_uint(AT_EMPTY_PATH | (AT_RECURSIVE if recursive else 0)),
         ctypes.byref(attr), ctypes.c_size_t(ctypes.sizeof(attr)),
     )  # fmt: skip
@@ -309,20 +196,9 @@ def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
     if cgroup_fd is not None:
         flags |= CLONE_INTO_CGROUP
     sigchld = 17
-    arguments = _CloneArgs(
-        flags | CLONE_PIDFD,
-        ctypes.addressof(pidfd),
-        0,
-        0,
-        sigchld,
-        0,
-        0,
-        0,
-        0,
-        0,
-        cgroup_fd if cgroup_fd is not None else 0,
-    )
-    pid = _syscall(_NR_CLONE3, "clone3", None, ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)))
+    group = 0 if cgroup_fd is None else cgroup_fd
+    arguments = _CloneArgs(flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, sigchld, 0, 0, 0, 0, 0, group)
+    pid = _syscall(NR_CLONE3, "clone3", None, ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)))
     return (pid, pidfd.value) if pid else (0, -1)
 
 
@@ -367,28 +243,28 @@ def sethostname(name: str) -> None:
 def close_range_on_exec(first: int) -> None:
     """close_range(2) with CLOSE_RANGE_CLOEXEC: every descriptor from ``first`` on closes at the exec."""
     _syscall(
-        _NR_CLOSE_RANGE, "close_range", None,
-        ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(_CLOSE_RANGE_CLOEXEC),
+        NR_CLOSE_RANGE, "close_range", None,
+        ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(CLOSE_RANGE_CLOEXEC),
     )  # fmt: skip
 
 
 def close_range(first: int, last: int = 0xFFFFFFFF) -> None:
     """close_range(2): close every descriptor from ``first`` to ``last``."""
-    _syscall(_NR_CLOSE_RANGE, "close_range", None, ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0))
+    _syscall(NR_CLOSE_RANGE, "close_range", None, ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0))
 
 
 def seccomp_filter(program: bytes, flags: int = 0) -> int:
     """seccomp(2), SECCOMP_SET_MODE_FILTER with BPF instructions of 8 bytes; a new listener's descriptor, or 0."""
     program_of = _SockFprog(len(program) // 8, program)
     return _syscall(
-        _NR_SECCOMP, "seccomp", None,
-        ctypes.c_uint(_SECCOMP_SET_MODE_FILTER), ctypes.c_uint(flags), ctypes.byref(program_of),
+        NR_SECCOMP, "seccomp", None,
+        ctypes.c_uint(SECCOMP_SET_MODE_FILTER), ctypes.c_uint(flags), ctypes.byref(program_of),
     )  # fmt: skip
 
 
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """pidfd_getfd(2): a copy, close-on-exec, of another process's descriptor ``fd``."""
-    return _syscall(_NR_PIDFD_GETFD, "pidfd_getfd", fd, ctypes.c_int(pidfd), ctypes.c_int(fd), ctypes.c_uint(0))
+    return _syscall(NR_PIDFD_GETFD, "pidfd_getfd", fd, ctypes.c_int(pidfd), ctypes.c_int(fd), ctypes.c_uint(0))
 
 
 def syncfs(fd: int) -> None:
@@ -396,22 +272,19 @@ def syncfs(fd: int) -> None:
     _checked(_libc.syncfs(fd), "syncfs", None)
 
 
+def _renameat2(source: str, target: str, flags: int) -> None:
+    result = _libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags)
+    _checked(result, "renameat2", target)
+
+
 def rename_noreplace(source: str, target: str) -> None:
     """renameat2(2) with RENAME_NOREPLACE: FileExistsError when ``target`` is there."""
-    _checked(
-        _libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), RENAME_NOREPLACE),
-        "renameat2",
-        target,
-    )
+    _renameat2(source, target, RENAME_NOREPLACE)
 
 
 def rename_exchange(first: str, second: str) -> None:
     """renameat2(2) with RENAME_EXCHANGE: both must be there."""
-    _checked(
-        _libc.renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE),
-        "renameat2",
-        second,
-    )
+    _renameat2(first, second, RENAME_EXCHANGE)
 
 
 def inotify(path: str, mask: int) -> int:
@@ -443,7 +316,7 @@ _BPF_PROG_TYPE_CGROUP_DEVICE, _BPF_CGROUP_DEVICE = 15, 6
 
 def _bpf(command: int, attr: ctypes.Structure, path: str | None = None) -> int:
     size = ctypes.c_uint(ctypes.sizeof(attr))
-    return _syscall(_NR_BPF, "bpf", path, ctypes.c_int(command), ctypes.byref(attr), size)
+    return _syscall(NR_BPF, "bpf", path, ctypes.c_int(command), ctypes.byref(attr), size)
 
 
 def attach_device_program(group: str, code: bytes) -> bool:
@@ -488,7 +361,7 @@ def has_device_program(group: str) -> bool:
 
 def landlock_abi() -> int:
     """landlock_create_ruleset(2) with LANDLOCK_CREATE_RULESET_VERSION. Raises OSError (ENOSYS, EOPNOTSUPP)."""
-    return _syscall(_NR_LANDLOCK_CREATE_RULESET, "landlock_create_ruleset", None, None, ctypes.c_size_t(0), 1)
+    return _syscall(NR_LANDLOCK_CREATE_RULESET, "landlock_create_ruleset", None, None, ctypes.c_size_t(0), 1)
 
 
 def landlock_create_ruleset(handled_fs: int, scoped: int, *, with_scope: bool) -> int:
@@ -496,7 +369,7 @@ def landlock_create_ruleset(handled_fs: int, scoped: int, *, with_scope: bool) -
     attr = _LandlockRuleset(handled_fs, 0, scoped)
     size = ctypes.sizeof(attr) if with_scope else 8
     return _syscall(
-        _NR_LANDLOCK_CREATE_RULESET, "landlock_create_ruleset", None,
+        NR_LANDLOCK_CREATE_RULESET, "landlock_create_ruleset", None,
         ctypes.byref(attr), ctypes.c_size_t(size), ctypes.c_uint(0),
     )  # fmt: skip
 
@@ -505,7 +378,7 @@ def landlock_allow(ruleset: int, allowed: int, directory: int) -> None:
     """landlock_add_rule(2): ``allowed`` at and below the open ``directory``."""
     attr = _LandlockBeneath(allowed, directory)
     _syscall(
-        _NR_LANDLOCK_ADD_RULE, "landlock_add_rule", None,
+        NR_LANDLOCK_ADD_RULE, "landlock_add_rule", None,
         ctypes.c_int(ruleset), ctypes.c_int(1), ctypes.byref(attr), ctypes.c_uint(0),
     )  # fmt: skip
 
@@ -513,5 +386,5 @@ def landlock_allow(ruleset: int, allowed: int, directory: int) -> None:
 def landlock_restrict_self(ruleset: int) -> None:
     """landlock_restrict_self(2)."""
     _syscall(
-        _NR_LANDLOCK_RESTRICT_SELF, "landlock_restrict_self", None, ctypes.c_int(ruleset), ctypes.c_uint(0)
+        NR_LANDLOCK_RESTRICT_SELF, "landlock_restrict_self", None, ctypes.c_int(ruleset), ctypes.c_uint(0)
     )  # fmt: skip

@@ -99,13 +99,13 @@ def test_a_refused_call_raises_with_the_kernels_number(call: str, tmp_path: Path
 
 
 def test_a_call_that_the_kernel_lacks_names_the_kernel_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(syscalls, "_NR_OPENAT2", 9999)  # no kernel has it, so the real one answers ENOSYS
+    monkeypatch.setattr(syscalls, "NR_OPENAT2", 9999)  # no kernel has it, so the real one answers ENOSYS
     with pytest.raises(OSError, match=r"this kernel has no openat2\(2\), Linux 5.6 brought it") as caught:
         syscalls.openat2(syscalls.AT_FDCWD, "/", os.O_RDONLY)
     assert caught.value.errno == errno.ENOSYS
 
 
 def test_an_architecture_whose_numbers_are_not_known_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(syscalls, "_NR_PIVOT_ROOT", -1)
+    monkeypatch.setattr(syscalls, "NR_PIVOT_ROOT", -1)
     with pytest.raises(OSError, match="is not known"):
         syscalls.pivot_root(".", ".")

@@ -1,0 +1,122 @@
+"""Numbers of the kernel's interface, under its own names; :mod:`isochamber.launch.syscalls` offers them all."""
+
+from __future__ import annotations
+
+import os
+
+# Numbers of calls that glibc 2.36 has no function for. From 424 on every architecture counts alike.
+NR_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "armv7l": 218, "i686": 217}.get(os.uname().machine, -1)
+NR_BPF = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "armv7l": 386, "i686": 357}.get(os.uname().machine, -1)
+NR_SECCOMP = {"x86_64": 317, "aarch64": 277, "riscv64": 277, "armv7l": 383, "i686": 354}.get(os.uname().machine, -1)
+NR_OPEN_TREE = 428
+NR_MOVE_MOUNT = 429
+NR_CLONE3 = 435
+NR_CLOSE_RANGE = 436
+NR_OPENAT2 = 437
+NR_PIDFD_GETFD = 438
+NR_MOUNT_SETATTR = 442
+NR_QUOTACTL_FD = 443
+NR_LANDLOCK_CREATE_RULESET = 444
+NR_LANDLOCK_ADD_RULE = 445
+NR_LANDLOCK_RESTRICT_SELF = 446
+
+AT_FDCWD = -100
+AT_EMPTY_PATH = 0x1000
+AT_RECURSIVE = 0x8000
+AT_SYMLINK_NOFOLLOW = 0x100
+
+# mount(2)
+MS_RDONLY = 1
+MS_NOSUID = 2
+MS_NODEV = 4
+MS_NOEXEC = 8
+MS_REMOUNT = 32
+MS_BIND = 4096
+MS_REC = 16384
+MS_PRIVATE = 1 << 18
+MS_SLAVE = 1 << 19
+MS_SHARED = 1 << 20
+MNT_DETACH = 2
+
+# openat2(2)
+RESOLVE_NO_XDEV = 0x01
+RESOLVE_NO_MAGICLINKS = 0x02
+RESOLVE_NO_SYMLINKS = 0x04
+RESOLVE_BENEATH = 0x08
+RESOLVE_IN_ROOT = 0x10
+
+# open_tree(2), move_mount(2), mount_setattr(2)
+OPEN_TREE_CLONE = 1
+OPEN_TREE_CLOEXEC = os.O_CLOEXEC
+MOVE_MOUNT_F_EMPTY_PATH = 0x04
+MOVE_MOUNT_T_EMPTY_PATH = 0x40
+MOUNT_ATTR_RDONLY = 0x01
+MOUNT_ATTR_NOSUID = 0x02
+MOUNT_ATTR_NODEV = 0x04
+MOUNT_ATTR_NOEXEC = 0x08
+MOUNT_ATTR_NOATIME = 0x10
+MOUNT_ATTR__ATIME = 0x70  # the field that NOATIME is a value of; it must be cleared to be set
+MOUNT_ATTR_IDMAP = 0x00100000
+
+# clone(2)
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+CLONE_PIDFD = 0x1000
+CLONE_INTO_CGROUP = 0x200000000
+
+# prctl(2)
+PR_SET_PDEATHSIG = 1
+PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+PR_CAPBSET_READ = 23
+PR_CAPBSET_DROP = 24
+PR_SET_SECUREBITS = 28
+SECBIT_NO_SETUID_FIXUP = 4
+PR_SET_NO_NEW_PRIVS = 38
+PR_GET_NO_NEW_PRIVS = 39
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_RAISE = 2
+PR_CAP_AMBIENT_CLEAR_ALL = 4
+
+# seccomp(2)
+SECCOMP_FILTER_FLAG_LOG = 2
+SECCOMP_FILTER_FLAG_NEW_LISTENER = 8
+SECCOMP_SET_MODE_FILTER = 1
+
+# fanotify(7)
+FAN_ACCESS = 0x1
+FAN_OPEN = 0x20
+FAN_Q_OVERFLOW = 0x4000
+FAN_OPEN_EXEC = 0x1000
+FAN_ONDIR = 0x40000000
+FAN_CLOEXEC = 0x1
+FAN_NONBLOCK = 0x2
+FAN_CLASS_NOTIF = 0
+FAN_UNLIMITED_QUEUE = 0x10
+FAN_UNLIMITED_MARKS = 0x20
+FAN_MARK_ADD = 0x1
+FAN_MARK_MOUNT = 0x10
+
+# inotify(7)
+IN_MODIFY = 0x2
+IN_CLOSE_WRITE = 0x8
+IN_MOVED_TO = 0x80
+IN_CREATE = 0x100
+IN_DELETE = 0x200
+
+RENAME_NOREPLACE = 1
+RENAME_EXCHANGE = 2
+
+CLOSE_RANGE_CLOEXEC = 4
+
+# Call -> the Linux version that brought it.
+SINCE = {
+    "open_tree": "5.2", "move_mount": "5.2", "clone3": "5.3", "openat2": "5.6", "mount_setattr": "5.12",
+    "close_range": "5.11", "pidfd_getfd": "5.6", "seccomp": "3.17 with CONFIG_SECCOMP_FILTER",
+    "renameat2": "3.15", "fanotify_init": "2.6.37 with CONFIG_FANOTIFY", "syncfs": "2.6.39",
+}  # fmt: skip
