@@ -125,4 +125,4 @@ def test_ls_of_a_damaged_containers_json_is_one_line_that_says_what_to_do(
     (place / "state/containers.json").write_text('[\n{"tid": ')
     assert cli.main(_words(place, "ls")) == 125
     (line,) = capsys.readouterr().err.splitlines()
-    assert "delete it and run ./doit" in line
+    assert "run ./doit: it is made anew" in line
