@@ -66,7 +66,7 @@ def described() -> str:
     level = abi()
     if level < _FIRST:
         return f"not in force: this kernel has {f'ABI {level}, which is too old' if level else 'none'}"
-    parts = ["no mounts", "no device nodes"]
+    parts = ["no mounts", "no device nodes" + ("" if level > _FIRST else " (but whiteouts)")]
     if level >= 5:
         parts.append("ioctls of devices below /dev only")
     if level >= 6:

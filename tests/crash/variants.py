@@ -69,13 +69,27 @@ def sites() -> list[str]:
 
 def is_without_need(site: str) -> bool:
     """Say whether nothing is lost without this one: the sync of a rename's source directory, and the reserve's."""
+    return _line_of(site) == "sync_directory(source)" or "reserve" in _function_of(site)
+
+
+def is_not_in_the_workload(site: str) -> bool:
+    """Say whether only a disk image (``limits: disk``) is synced there: no tenant of the workload has one."""
+    return "def sync_file(" in _function_of(site)
+
+
+def _line_of(site: str) -> str:
     name, _, line = site.partition(":")
     if name not in _MODULES:
-        return False
-    text = inspect.getsource(_MODULES[name]).splitlines()
-    number = int(line.partition(":")[0])
-    function = next(word for word in reversed(text[:number]) if word.startswith("def "))
-    return text[number - 1].strip() == "sync_directory(source)" or "reserve" in function
+        return ""
+    return inspect.getsource(_MODULES[name]).splitlines()[int(line.partition(":")[0]) - 1].strip()
+
+
+def _function_of(site: str) -> str:
+    name, _, line = site.partition(":")
+    if name not in _MODULES:
+        return ""
+    text = inspect.getsource(_MODULES[name]).splitlines()[: int(line.partition(":")[0])]
+    return next(word for word in reversed(text) if word.startswith("def "))
 
 
 def _synced_by(node: ast.AST) -> str | None:
