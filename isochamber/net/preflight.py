@@ -3,10 +3,13 @@
 import errno
 import shutil
 import socket
+from pathlib import Path
 
 from isochamber.errors import IsochamberError
 from isochamber.net import shaping
 from isochamber.spec.model import Network, Port
+
+_PROTOCOLS = "/etc/protocols"
 
 
 def check(tenant: str, network: Network) -> None:
@@ -15,6 +18,8 @@ def check(tenant: str, network: Network) -> None:
         return
     if shutil.which("nft") is None:
         raise IsochamberError("nft is not installed", stage="net", tenant=tenant, hint="apt-get install nftables")
+    if not Path(_PROTOCOLS).exists():  # nft(8) looks up the names of protocols there
+        raise IsochamberError("is missing", stage="net", tenant=tenant, path=_PROTOCOLS, hint="apt-get install netbase")
     shaping.check(network.rate, tenant)
     for port in network.ports:
         _check_port(tenant, port)

@@ -88,7 +88,8 @@ def _dot_dot(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
 
 
 def _under_root(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
-    return worlds.word(off, f"cat /..{worlds.canary} /../../{worlds.canary} 2>&1 | sed 's/.*: //' | sort -u | tail -1")
+    places = f"/..{worlds.canary_below_the_old_root} /../../{worlds.canary}"
+    return worlds.word(off, f"cat {places} 2>&1 | sed 's/.*: //' | sort -u | tail -1")
 
 
 def _leaked(worlds: Worlds, off: Off, _attempt: Attempt) -> str:

@@ -68,9 +68,12 @@ def _batch(worlds: Worlds, off: Off) -> dict[str, str]:
         (bench.progs / "attempts").mkdir()
         shutil.copy(worlds.probe, bench.progs / "probe")
         for number, attempt in enumerate(mine):
-            script = attempt.script.replace("@HOSTPID@", str(worlds.sentinel.pid)).replace(
-                "@CANARY@", str(worlds.canary)
-            )
+            script = attempt.script
+            for name, text in (
+                ("@HOSTPID@", worlds.sentinel.pid), ("@CANARY@", worlds.canary),
+                ("@OLDCANARY@", worlds.canary_below_the_old_root),
+            ):  # fmt: skip
+                script = script.replace(name, str(text))
             bench.put(f"attempts/{number:04}", script + "\n")
         bench.script(f"# {len(_words)}\n{RUNNER.format(patience=PATIENCE)}")
         with mock.patch.dict(os.environ, {"SECRET": "token"}):
@@ -141,7 +144,7 @@ def attempts() -> Iterator[Attempt]:
     yield scripted("I07", "the builder's environment", (ENVIRONMENT,),
                    "tr '\\0' '\\n' < /proc/1/environ | grep SECRET= || echo nothing", "nothing")  # fmt: skip
     yield scripted("I01", "the host's root below its own, by an install script", (OLD_ROOT,),
-                   "cat /..@CANARY@ 2>/dev/null || echo nothing", "nothing")  # fmt: skip
+                   "cat /..@OLDCANARY@ 2>/dev/null || echo nothing", "nothing")  # fmt: skip
     yield scripted("I10", "the host's root by /proc/PID/root, by an install script", (PIDS, RIGHTS),
                    "cat /proc/@HOSTPID@/root@CANARY@ 2>/dev/null || echo nothing", "nothing")  # fmt: skip
     for attempt in filesystem.attempts():

@@ -92,6 +92,7 @@ class Worlds:
         self.canary = self.public / "canary"
         self.canary.write_text("untouched\n")
         self.canary.chmod(0o644)
+        self.canary_below_the_old_root = below_the_namespaces_root(self.canary)
         self.boot_time = boot_time()
         self._batches: dict[tuple[Off, str], dict[str, str]] = {}
         self._tenants: list[Tenant] = []
@@ -184,3 +185,14 @@ def patched(off: Off) -> Iterator[None]:
     finally:
         for one in reversed(with_all):
             one.stop()
+
+
+def below_the_namespaces_root(path: Path) -> str:
+    """Return where ``path`` lies below the root of the mount namespace: another place when we are in a chroot."""
+    code = (
+        "import os, sys; from isochamber.launch import mounts; file = os.open(sys.argv[1], os.O_PATH); "
+        "proc = os.open('/proc/self/fd', os.O_PATH); mounts.leave_chroot(); "
+        "print(os.readlink(str(file), dir_fd=proc))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    return done.stdout.rstrip("\n")
