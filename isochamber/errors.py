@@ -47,6 +47,13 @@ def printable(text: object) -> str:
     return "".join(out)
 
 
+def exit_code_of(status: int) -> int:
+    """Return the exit code that tells the wait status ``status`` (wait(2)): 128+N after signal N."""
+    if os.WIFSIGNALED(status):
+        return EXIT_SIGNAL_BASE + os.WTERMSIG(status)
+    return os.WEXITSTATUS(status)
+
+
 class IsochamberError(Exception):
     """Something failed for a reason the user can act on.
 

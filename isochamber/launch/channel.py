@@ -35,6 +35,15 @@ def send_failure(end: _socket.socket, step: str, error: IsochamberError, word: b
     _send(end, messages.encode_failure(word, failure))
 
 
+def failure_of(packet: bytes, tenant: str) -> IsochamberError:
+    """Return what a packet of :func:`send_failure` says as the error that it was, of ``tenant``."""
+    told = messages.decode_failure(packet)
+    return IsochamberError(
+        told.what, stage=told.step, tenant=tenant, path=told.path, errno=told.errno, hint=told.hint,
+        exit_code=told.code,
+    )  # fmt: skip
+
+
 def send_started(end: _socket.socket, pidfd: int) -> None:
     """Hand over the pidfd of the tenant's first process."""
     _send(end, Word.STARTED, pidfd)

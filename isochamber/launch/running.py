@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-from isochamber.errors import EXIT_OURS, EXIT_SIGNAL_BASE, IsochamberError
-from isochamber.launch import cgroup, channel, keeper, messages, records, start, syscalls
+from isochamber.errors import EXIT_OURS, IsochamberError, exit_code_of
+from isochamber.launch import cgroup, channel, keeper, records, start, syscalls
 from isochamber.launch.lean import signal
 from isochamber.launch.messages import Word
 
@@ -72,9 +72,9 @@ class Running:
             self._offered = int(packet[1:])
             self._take_listener()
         elif word == Word.FAILED:
-            self.failure = self._error(packet)
+            self.failure = channel.failure_of(packet, self.tenant)
         elif word == Word.LEFT:
-            _warn(self._error(packet))
+            _warn(channel.failure_of(packet, self.tenant))
         elif word == Word.ENDED:
             self._ended(int(packet[1:]))
         else:
@@ -92,26 +92,9 @@ class Running:
         self._offered = None
         channel.send_go(self.end)
 
-    def _error(self, packet: bytes) -> IsochamberError:
-        told = messages.decode_failure(packet)
-        return IsochamberError(
-            told.what,
-            stage=told.step,
-            tenant=self.tenant,
-            path=told.path,
-            errno=told.errno,
-            hint=told.hint,
-            exit_code=told.code,
-        )
-
     def _ended(self, status: int) -> None:
         os.waitpid(self.keeper, 0)  # after its clean-up: the cgroup and the lock are free when we return
-        if self.failure is not None:
-            self.exit_code = self.failure.exit_code
-        elif os.WIFSIGNALED(status):
-            self.exit_code = EXIT_SIGNAL_BASE + os.WTERMSIG(status)
-        else:
-            self.exit_code = os.WEXITSTATUS(status)
+        self.exit_code = exit_code_of(status) if self.failure is None else self.failure.exit_code
 
     def _keeper_gone(self) -> None:
         """It was killed, or could not start the tenant: say so, and clean up in its place."""

@@ -217,7 +217,7 @@ def differences(plan: Plan, facts: Callable[[Member], Facts]) -> dict[str, str]:
     for member in plan.members.values():
         fact = facts(member)
         text.append(rules.add(site, member, fact.resolvers, fact.names, 0))
-    with host.scratch_namespace():
+    with host.namespace(None):
         _apply("".join(text))
         wanted = _list(*listing)
     by_number = {member.number: member.tid for member in plan.members.values()}

@@ -89,25 +89,17 @@ def _uplink_mtu(netlink: Any) -> int:
 
 
 @contextlib.contextmanager
-def scratch_namespace() -> Iterator[None]:
-    """Run the block in an empty network namespace that goes with it; this thread only. Raises OSError."""
+def namespace(descriptor: int | None) -> Iterator[None]:
+    """Run the block in the network namespace open as ``descriptor``; None: in an empty one that goes with it.
+
+    This thread only. Raises OSError.
+    """
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        syscalls.unshare(syscalls.CLONE_NEWNET)
-        try:
-            yield
-        finally:
-            syscalls.setns(home, syscalls.CLONE_NEWNET)
-    finally:
-        os.close(home)
-
-
-@contextlib.contextmanager
-def namespace(descriptor: int) -> Iterator[None]:
-    """Run the block in the network namespace open as ``descriptor``; this thread only. Raises OSError."""
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        syscalls.setns(descriptor, syscalls.CLONE_NEWNET)
+        if descriptor is None:
+            syscalls.unshare(syscalls.CLONE_NEWNET)
+        else:
+            syscalls.setns(descriptor, syscalls.CLONE_NEWNET)
         try:
             yield
         finally:

@@ -25,7 +25,7 @@ _FRAME = 1600  # bytes of the largest packet with its headers; what is larger (o
 @cache
 def available(kind: str) -> bool:
     """Say whether this kernel has the queueing discipline ``kind``, by trying it in an empty namespace."""
-    with host.scratch_namespace():
+    with host.namespace(None):
         netlink = links.open_netlink()
     with netlink:
         try:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import _socket
-import os
 import struct
 
 from isochamber import paths
-from isochamber.errors import EXIT_OURS, EXIT_SIGNAL_BASE, IsochamberError
-from isochamber.launch import channel, lean, messages, records
+from isochamber.errors import EXIT_OURS, IsochamberError, exit_code_of
+from isochamber.launch import channel, lean, records
 from isochamber.launch.messages import Word
 from isochamber.launch.running import catches
 from isochamber.serve import wire
@@ -122,19 +121,10 @@ class Remote:
         elif word == Word.TERMINAL:
             self.master = descriptor
         elif word == Word.FAILED:
-            told = messages.decode_failure(packet)
-            self.failure = IsochamberError(
-                told.what, stage=told.step, tenant=self.tenant, path=told.path, errno=told.errno, hint=told.hint,
-                exit_code=told.code,
-            )  # fmt: skip
+            self.failure = channel.failure_of(packet, self.tenant)
         elif word == Word.ENDED:
-            status = int(packet[1:])
-            if self.failure is not None:
-                self.exit_code = self.failure.exit_code
-            elif os.WIFSIGNALED(status):
-                self.exit_code = EXIT_SIGNAL_BASE + os.WTERMSIG(status)
-            else:
-                self.exit_code = os.WEXITSTATUS(status)
+            code = exit_code_of(int(packet[1:]))
+            self.exit_code = code if self.failure is None else self.failure.exit_code
         elif word is None:
             if self.failure is None:
                 self.failure = IsochamberError(

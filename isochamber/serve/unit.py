@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import time
 from dataclasses import dataclass, field
 from typing import Any
+
+from isochamber.errors import exit_code_of
 
 _FIRST_DELAY = 0.1  # seconds, as docker's
 _LONGEST_DELAY = 60.0
@@ -76,8 +77,7 @@ def exit_code(held: dict[str, Any]) -> int | None:
         return None
     if held["failure"] is not None:
         return int(held["failure"]["exit_code"])
-    status = int(held["status"])
-    return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+    return exit_code_of(int(held["status"]))
 
 
 def delay(failures: int, chance: float) -> float:

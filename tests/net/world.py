@@ -55,7 +55,7 @@ def nft(*words: str) -> str:
 
 def new_namespace() -> int:
     """Return a descriptor of a fresh network namespace with its loopback up."""
-    with host.scratch_namespace():
+    with host.namespace(None):
         descriptor = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
         subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
     return descriptor

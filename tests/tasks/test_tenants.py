@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tasks.world import World, write_package
+from tests.tasks.world import World, empty_world, write_package
 
 REPORT = "#!/bin/sh\necho greeting; echo pid $$; echo host $(hostname)\n"
 
@@ -13,11 +13,7 @@ REPORT = "#!/bin/sh\necho greeting; echo pid $$; echo host $(hostname)\n"
 @pytest.fixture
 def world(root: Path, tmp_path: Path) -> World:
     """A world without tenants; a test drops packages into new_tenants/."""
-    directory = tmp_path / "world"
-    directory.mkdir()
-    made = World(directory, root)
-    made.tenants.write_text("defaults: {ipc: none}\nbases: {default: {packages: []}}\n")
-    return made
+    return empty_world(tmp_path / "world", root)
 
 
 def _drop(world: World, name: str, config: dict[str, object], progs: dict[str, str]) -> Path:

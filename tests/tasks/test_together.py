@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tasks.world import World, write_package
+from tests.tasks.world import World, empty_world, write_package
 
 # Notes that it ran (in its own layer), and takes a moment so that two would meet.
 SLOW_SCRIPT = "#!/bin/sh\necho ran >> /home/ran\ncat /home/gate > /dev/null\necho done\n"
@@ -17,10 +17,7 @@ SLOW_SCRIPT = "#!/bin/sh\necho ran >> /home/ran\ncat /home/gate > /dev/null\nech
 
 @pytest.fixture
 def world(root: Path, tmp_path: Path) -> World:
-    directory = tmp_path / "world"
-    directory.mkdir()
-    made = World(directory, root)
-    made.tenants.write_text("defaults: {ipc: none}\nbases: {default: {packages: []}}\n")
+    made = empty_world(tmp_path / "world", root)
     for number in range(4):
         write_package(
             root / f"new_tenants/t{number}",

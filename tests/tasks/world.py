@@ -113,3 +113,11 @@ def write_tenants(world: World, *, base: str = "", extra: str = "", without: tup
         if name not in without:
             lines.append(f"  {name}: {{package: packages/{name}}}")
     world.tenants.write_text("\n".join(lines) + "\n" + extra)
+
+
+def empty_world(directory: Path, root: Path) -> World:
+    """A world without tenants; a test drops packages into new_tenants/ of ``root``."""
+    directory.mkdir()
+    made = World(directory, root)
+    made.tenants.write_text("defaults: {ipc: none}\nbases: {default: {packages: []}}\n")
+    return made
