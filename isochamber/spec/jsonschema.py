@@ -41,6 +41,7 @@ _CHECKS: Mapping[str, Mapping[str, Any]] = {
     "restart": {"pattern": f"^{validate.RESTART}$", "not": {"const": True}},
     "signal": {"enum": list(validate.SIGNALS)},
     "mode": {"pattern": "^(none|bridge|host)$"},
+    "stage": {"pattern": f"^({'|'.join(validate.STAGES)})$"},
 }
 
 

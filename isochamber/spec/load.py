@@ -276,9 +276,14 @@ def _tenant(
         install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},
         install_network=own.get("install_network", defaults.get("install_network", "host")),
         subnets=subnets,
-        seccomp=_seccomp(own.get("seccomp", {}), defaults.get("seccomp", {})),
+        seccomp=_seccomp(_long(own.get("seccomp", {})), _long(defaults.get("seccomp", {}))),
         place=place,
     )
+
+
+def _long(seccomp: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the long form: ``seccomp: kill`` is ``seccomp: {mode: kill}``."""
+    return {"mode": seccomp} if isinstance(seccomp, str) else seccomp
 
 
 def _seccomp(own: Mapping[str, Any], defaults: Mapping[str, Any]) -> Seccomp:

@@ -25,6 +25,7 @@ MEMORY = r"([1-9][0-9]{0,4}G|(1[6-9]|[2-9][0-9]|[1-9][0-9]{2,7})M)"
 LEAST_MEMORY = 16 << 20  # the launcher's own pages count until the exec
 LARGEST_SIZE = 10**14 - 1  # a number of bytes; a text reaches 99999G
 RESTART = r"(no|always|on-failure(:([1-9][0-9]{0,2}|1000))?)"
+STAGES = ("kill", "errno", "notify", "log", "none")  # what a learned filter does to a call that it does not know
 INSIDE = r"(/(?!\.{1,2}(/|$))[^/\x00-\x1f\x7f]+)+"
 # signal(7), those that can be caught.
 SIGNALS = (
@@ -98,6 +99,10 @@ class _Validator(cerberus.Validator):  # type: ignore[misc] # cerberus ships no 
     def _check_with_mode(self, field: str, value: object) -> None:
         if isinstance(value, str) and value not in network.MODES:
             self._error(field, f"one of {', '.join(network.MODES)}, or a mapping")
+
+    def _check_with_stage(self, field: str, value: object) -> None:
+        if isinstance(value, str) and value not in STAGES:
+            self._error(field, f"one of {', '.join(STAGES)}, or a mapping")
 
     def _check_with_capability(self, field: str, value: object) -> None:
         if isinstance(value, str) and value not in grants.CAPABILITIES:

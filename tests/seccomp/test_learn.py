@@ -79,7 +79,7 @@ def test_in_the_other_stages_it_is_refused_with_a_report_or_only_logged(five: Pr
         f"isochamber: python: seccomp: socket(AF_INET6) of {program} was refused: isochamber learn python allows it"
     )
     assert program.startswith("/usr/bin/python3")
-    five.settings("python", "{mode: errno}")
+    five.settings("python", "errno")
     done = five.world.cli("run", "python", *IPV6)
     assert "PermissionError" in done.stderr
     five.settings("python", "{mode: log}")

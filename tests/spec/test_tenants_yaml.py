@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from isochamber.errors import SpecError
 from isochamber.spec import document, load, validate
-from isochamber.spec.model import Spec
+from isochamber.spec.model import Seccomp, Spec
 from tests.properties import PROPERTY
 from tests.spec import packages
 
@@ -52,6 +52,8 @@ ONE_MISTAKE: dict[str, tuple[str | bytes, str, str]] = {
     "nothing for a mapping": ("bases:\n", "1:1", "bases: None is not allowed, must not be empty"),
     "a text for the whole": ("hello\n", "1:1", "must be a mapping"),
     "a wrong word": ("defaults: {network: all}\n", "1:12", "network: all is not allowed, must be one of none, "),
+    "an unknown stage": ("defaults: {seccomp: strict}\n", "1:12", "must be one of kill, errno, notify, log, none, "),
+    "a number for a stage": ("defaults: {seccomp: 1}\n", "1:12", "must be a text or a mapping"),
     "true for a number": ("defaults: {limits: {open_files: yes}}\n", "1:21", "open_files: True is not allowed"),
     "a text for a number": ("defaults: {limits: {open_files: '64'}}\n", "1:21", "must be a whole number"),
     "a fraction": ("defaults: {limits: {open_files: 64.5}}\n", "1:21", "open_files: 64.5 is not allowed"),
@@ -131,6 +133,23 @@ def test_the_same_without_a_mistake_is_accepted(place: Path) -> None:
     assert spec.tenants["a"].limits.tmp == 5 << 30
     assert str(spec.tenants["a"].place) == f"{place}/tenants.yaml:5:3"
     assert spec.bases["b"].files == {"/a/b": place / "file"}
+
+
+@pytest.mark.parametrize("mode", validate.STAGES)
+def test_a_mode_alone_is_short_for_the_mapping(place: Path, mode: str) -> None:
+    for own in (mode, f"{{mode: {mode}}}"):
+        (tenant,) = _load(place, f"tenants:\n  a: {{package: good, seccomp: {own}}}\n").tenants.values()
+        assert tenant.seccomp == Seccomp(mode)
+    given = "defaults: {seccomp: {mode: errno, approved: [ptrace]}}\n"
+    (tenant,) = _load(place, f"{given}tenants:\n  a: {{package: good, seccomp: {mode}}}\n").tenants.values()
+    assert tenant.seccomp == Seccomp(mode, frozenset({"ptrace"}))
+    (tenant,) = _load(place, f"defaults: {{seccomp: {mode}}}\ntenants:\n  a: {{package: good}}\n").tenants.values()
+    assert tenant.seccomp == Seccomp(mode)
+
+
+def test_both_forms_know_the_same_modes() -> None:
+    rule = validate.schema("tenants")["defaults"]["schema"]["seccomp"]
+    assert tuple(rule["schema"]["mode"]["allowed"]) == validate.STAGES
 
 
 def test_an_empty_file_has_no_tenants(place: Path) -> None:
