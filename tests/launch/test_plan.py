@@ -62,27 +62,35 @@ def test_a_volatile_overlay_is_used_again_after_its_workdir_was_cleared(tenant: 
     assert "volatile" not in _run(tenant, "grep overlay /proc/mounts").stdout
 
 
-def test_a_home_may_be_handed_over_as_a_descriptor(make_tenant: Callable[..., Tenant], tmp_path: Path) -> None:
+def _on_disk(tenant: Tenant) -> Path:
+    """Return a directory beside the tenant's own: /tmp may be a tmpfs, which no kernel before 6.3 id-maps."""
+    made = tenant.directory / "shown"
+    made.mkdir()
+    return made
+
+
+def test_a_home_may_be_handed_over_as_a_descriptor(make_tenant: Callable[..., Tenant]) -> None:
     tenant = make_tenant()
-    (tmp_path / "given").write_text("given\n")
+    given = _on_disk(tenant)
+    (given / "given").write_text("given\n")
     user, net = pins.ensure(tenant.tid, tenant.uid_base, tenants.UID_COUNT)
-    home = mounts.clone_idmapped(str(tmp_path), user)
+    home = mounts.clone_idmapped(str(given), user)
     try:
         done = _run(tenant, "cat /home/given; stat -c %u /home/given; touch /home/new", fds=(home,), home_fd=home)
     finally:
         for descriptor in (user, net, home):
             os.close(descriptor)
     assert done.stdout.split() == ["given", "0"]
-    assert (tmp_path / "new").stat().st_uid == 0
+    assert (given / "new").stat().st_uid == 0
     assert not (tenant.home / "new").exists()
 
 
 @pytest.mark.parametrize("read_only", [True, False])
 @pytest.mark.parametrize("idmap", [True, False])
-def test_directories_of_the_host_may_be_shown(tenant: Tenant, tmp_path: Path, read_only: bool, idmap: bool) -> None:
-    (tmp_path / "file").write_text("shown\n")
-    tmp_path.chmod(0o755)
-    bind = {"source": str(tmp_path), "target": "/srv/shown", "read_only": read_only, "idmap": idmap}
+def test_directories_of_the_host_may_be_shown(tenant: Tenant, read_only: bool, idmap: bool) -> None:
+    directory = _on_disk(tenant)
+    (directory / "file").write_text("shown\n")
+    bind = {"source": str(directory), "target": "/srv/shown", "read_only": read_only, "idmap": idmap}
     done = _run(
         tenant,
         "cat /srv/shown/file; stat -c %u /srv/shown/file; touch /srv/shown/new && echo wrote; true",
