@@ -1,7 +1,7 @@
-"""``python -m isochamber.build.diskfill IMAGE MOUNT FILESYSTEM HOME``: copy a tenant's directories into its new image.
+"""``python -m isochamber.build.diskfill IMAGE MOUNT FILESYSTEM HOME``: copy a tenant's directories onto its new disk.
 
 A process of its own, in a mount namespace of its own: when it is killed, nothing
-stays mounted.
+stays mounted. With - for IMAGE the disk is the directory MOUNT, as it is.
 """
 
 import os
@@ -16,12 +16,13 @@ from isochamber.launch import disk, mounts, syscalls
 def main(words: list[str]) -> int:
     """Copy FILESYSTEM's content and HOME below MOUNT, synced; returns the exit code of what copied."""
     image, mount, filesystem, home = words
-    syscalls.unshare(syscalls.CLONE_NEWNS)
-    mounts.make_private()
-    file = os.open(image, os.O_RDWR | os.O_CLOEXEC)
-    disk.mount(file, image, mount)
+    if image != "-":
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        mounts.make_private()
+        file = os.open(image, os.O_RDWR | os.O_CLOEXEC)
+        disk.mount(file, image, mount)
+        Path(mount, "lost+found").rmdir()  # a name that the tenant's root would not expect
     inside = os.open(mount, tree.DIRECTORY)
-    os.rmdir("lost+found", dir_fd=inside)  # a name that the tenant's root would not expect
     for source, target in ((f"{filesystem}/.", mount), (f"{home}/.", f"{mount}/home")):
         Path(target).mkdir(0o755, exist_ok=True)
         status = subprocess.run(["cp", "-a", "--sparse=always", "--", source, target], check=False).returncode
@@ -30,7 +31,8 @@ def main(words: list[str]) -> int:
     os.mkdir("staging", 0o700, dir_fd=inside)
     syscalls.syncfs(inside)
     os.close(inside)
-    syscalls.umount2(mount)
+    if image != "-":
+        syscalls.umount2(mount)
     return 0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from isochamber import paths
+from isochamber.build import disk as limited
 from isochamber.build import durable, entry, identity, locks, registry, space, tree
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
@@ -59,6 +60,7 @@ def _remove_tenant(state: State, tid: str, name: str) -> None:
         try:
             pins.remove(tid)
             disk.detach(str(state.root), tid)
+            limited.lift(state, tid)
             durable.remove_tree(state.tenant_fs(tid), state.staging)
             durable.remove_tree(state.tenant_persist(tid), state.staging)
             records.forget(tid)

@@ -50,7 +50,7 @@ def find(state: State, tenant: str) -> Identity | None:
 def ensure(state: State, tenant: str, disk_size: int | None = None) -> Identity:
     """Return the identity of ``tenant``, its range allocated and its directories made if they are missing.
 
-    With ``disk_size`` (bytes) they lie on an image of its own.
+    With ``disk_size`` (bytes) they have a quota, or lie on an image of its own.
 
     Raises IsochamberError (stage "dirs").
     """
@@ -61,7 +61,7 @@ def ensure(state: State, tenant: str, disk_size: int | None = None) -> Identity:
                 disk.attach(state, tid)
                 uid_base = _owner(state, tid) or _configured(state, tid) or _allocate(state, tid)
                 _make_directories(state, tid, tenant, uid_base)
-                disk.ensure(state, tenant, tid, disk_size)
+                disk.ensure(state, tenant, tid, disk_size, uid_base)
         except OSError as error:
             raise IsochamberError.from_os(error, stage="dirs", tenant=tenant) from error
     return Identity(tid, uid_base)

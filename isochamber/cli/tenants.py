@@ -89,7 +89,7 @@ def _show_limits(entry: dict[str, Any], root: str) -> None:
 
     running = records.running(entry["tid"]) is not None
     if entry["disk"] is not None:
-        common.say(f"{'limit':<11} disk {entry['disk']}: {printable(disk.image_of(root, entry['tid']))}")
+        common.say(f"{'limit':<11} disk {entry['disk']}: {printable(disk.where(root, entry['tid']))}")
     for text, problem in limits.in_force(entry["tid"], entry["limits"], root, running=running):
         common.say(f"{'limit':<11} {printable(text)}")
         if problem is not None:

@@ -119,4 +119,5 @@ SINCE = {
     "open_tree": "5.2", "move_mount": "5.2", "clone3": "5.3", "openat2": "5.6", "mount_setattr": "5.12",
     "close_range": "5.11", "pidfd_getfd": "5.6", "seccomp": "3.17 with CONFIG_SECCOMP_FILTER",
     "renameat2": "3.15", "fanotify_init": "2.6.37 with CONFIG_FANOTIFY", "syncfs": "2.6.39",
+    "quotactl_fd": "5.14",
 }  # fmt: skip

@@ -1,8 +1,9 @@
-"""A disk image of a tenant's own: a sparse file with an ext4 in it, mounted where its upper and /home lie.
+"""A tenant's disk: its directory has a project quota, or an image of its own is mounted where its upper and /home lie.
 
-Like a pinned namespace it is mounted once, on the host, and stays until the tenant
-is deleted or the machine restarts: the builder and every start use the same mount.
-The loop device frees itself with the last mount (loop(4), LO_FLAGS_AUTOCLEAR).
+The image is a sparse file with an ext4 in it. Like a pinned namespace it is mounted
+once, on the host, and stays until the tenant is deleted or the machine restarts: the
+builder and every start use the same mount. The loop device frees itself with the last
+mount (loop(4), LO_FLAGS_AUTOCLEAR).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import struct
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
-from isochamber.launch import syscalls
+from isochamber.launch import quota, syscalls
 
 # loop(4) and include/uapi/linux/loop.h
 _LOOP_CTL_GET_FREE = 0x4C82
@@ -34,10 +35,28 @@ def image_of(root: str, tid: str) -> str:
     return f"{root}/{paths.TENANTS_PERSIST}/{tid}/{paths.DISK_IMAGE}"
 
 
+def project_of(root: str, tid: str) -> int:
+    """Return the project that is the tenant's own, 0 when it has none: one of all tenants limits nobody."""
+    parent = f"{root}/{paths.TENANTS_FS}"
+    project = quota.project_of(f"{parent}/{tid}")
+    return 0 if project == quota.project_of(parent) else project
+
+
+def where(root: str, tid: str) -> str:
+    """Return what holds the tenant's disk limit, for people."""
+    directory = f"{root}/{paths.TENANTS_FS}/{tid}"
+    project = project_of(root, tid)
+    return f"project quota {project} on {directory}" if project else image_of(root, tid)
+
+
 def attach(root: str, tid: str) -> None:
-    """Mount the tenant's image, if it is not mounted here. Raises IsochamberError (stage "disk")."""
+    """See that the quota is in force, or mount the image if it is not mounted here. Raises IsochamberError ("disk")."""
     target = f"{root}/{paths.TENANTS_FS}/{tid}"
     image = image_of(root, tid)
+    project = project_of(root, tid)
+    if project:
+        _require(target, project)
+        return
     try:
         # Two loop devices over one file would be two file systems. The lock has a descriptor of its own: the loop
         # device keeps the one that it is given, and a lock on that would stay.
@@ -56,6 +75,18 @@ def attach(root: str, tid: str) -> None:
         raise IsochamberError.from_os(
             error, stage="disk", path=image, hint="its /home is in there; does the kernel have loop devices and ext4?"
         ) from error
+
+
+def _require(target: str, project: int) -> None:
+    """Raise IsochamberError (stage "disk") unless the file system limits ``project``."""
+    try:
+        if quota.enforced(target) and quota.limit(target, project)[0]:
+            return
+        problem = IsochamberError("no limit is in force", stage="disk", path=target)
+    except OSError as error:
+        problem = IsochamberError.from_os(error, stage="disk", path=target)
+    problem.hint = "its limit is a project quota: mount the file system with prjquota, then run ./doit again"
+    raise problem
 
 
 def detach(root: str, tid: str) -> None:

@@ -272,6 +272,15 @@ def syncfs(fd: int) -> None:
     _checked(_libc.syncfs(fd), "syncfs", None)
 
 
+def quotactl_fd(fd: int, command: int, identity: int, buffer: bytearray) -> None:
+    """quotactl_fd(2), of the file system that ``fd`` lies on; ``buffer`` is read or filled."""
+    memory = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    _syscall(
+        NR_QUOTACTL_FD, "quotactl_fd", fd,
+        ctypes.c_int(fd), ctypes.c_uint(command), ctypes.c_int(identity), ctypes.byref(memory),
+    )  # fmt: skip
+
+
 def _renameat2(source: str, target: str, flags: int) -> None:
     result = _libc.renameat2(AT_FDCWD, os.fsencode(source), AT_FDCWD, os.fsencode(target), flags)
     _checked(result, "renameat2", target)

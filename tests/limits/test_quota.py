@@ -1,0 +1,186 @@
+"""A tenant's disk limit by the file system's own project quota, where it keeps one; else it is an image."""
+
+import errno
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from isochamber.launch import disk, quota
+from tests.tasks.world import World, write_package
+
+MIB = 1 << 20
+# Says how many MiB fit into each.
+FILL = "for d in /home /var; do dd if=/dev/zero of=$d/fill bs=1M count=40 2>/dev/null; du -m $d/fill | cut -f 1; done"
+# What a tenant would do to get out of its project: ioctl_xfs_fssetxattr(2) with project 0, on a file of its own.
+LEAVE = (
+    'perl -e \'open(F, ">>", $ARGV[0]); my $a = "\\0" x 28; ioctl(F, 0x801c581f, $a); '
+    'print unpack("x12 L", $a), " "; substr($a, 12, 4) = pack("L", 0); '
+    'print defined ioctl(F, 0x401c5820, $a) ? "worked" : $! + 0\' '
+)
+
+
+def _mounted(image: Path, target: Path) -> None:
+    made = ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "quota,project", "-E", "quotatype=prjquota", str(image)]
+    subprocess.run(made, check=True, capture_output=True)
+    words = ["mount", "-o", "loop,prjquota", image, target]
+    if subprocess.run(words, check=False, capture_output=True).returncode:
+        pytest.skip("this kernel mounts no ext4 with project quota (CONFIG_QFMT_V2)")
+
+
+@pytest.fixture
+def world(tmp_path: Path, root: Path) -> Iterator[World]:
+    """Two tenants in a state directory on an ext4 with project quota; the base is lent by a bind mount."""
+    if not Path("/dev/loop-control").exists() or shutil.which("mkfs.ext4") is None:
+        pytest.skip("this machine has no loop devices, or no mkfs.ext4")
+    image, place = tmp_path / "quota.img", tmp_path / "place"
+    with image.open("wb") as file:
+        file.truncate(400 * MIB)
+    place.mkdir()
+    _mounted(image, place)
+    state = place / "state"
+    try:
+        shutil.copytree(root, state, symlinks=True, ignore=shutil.ignore_patterns("rootfs"))
+        (product,) = (state / "base_fs").iterdir()
+        (product / "rootfs").mkdir(exist_ok=True)
+        subprocess.run(["mount", "--bind", root / "base_fs" / product.name, product], check=True)
+        for name in ("bounded", "other"):
+            write_package(tmp_path / "packages" / name, {"init": "/home/main"}, {"main": '#!/bin/sh\neval "$@"\n'})
+        made = World(tmp_path, state)
+        made.tenants.write_text(f"root: {state}\n")
+        yield made
+    finally:
+        for tid in os.listdir(state / "tenants_fs") if (state / "tenants_fs").is_dir() else []:
+            disk.detach(str(state), tid)
+        subprocess.run(["umount", "-R", place], check=True)
+
+
+def _limit(world: World, size: str | None, words: str = "") -> None:
+    limits = "{}" if size is None else f"{{disk: {size}}}"
+    world.tenants.write_text(
+        "defaults: {ipc: none}\ntenants:\n"
+        f"  bounded: {{package: packages/bounded, limits: {limits}{words}}}\n  other: {{package: packages/other}}\n"
+    )
+    done = world.doit("configure:bounded", "configure:other")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _run(world: World, name: str, script: str) -> str:
+    done = world.cli("run", name, "/bin/sh", "-c", script)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.strip()
+
+
+def _project(world: World) -> int:
+    return disk.project_of(str(world.root), world.entry("bounded")["tid"])
+
+
+@pytest.mark.guest
+def test_the_file_system_itself_keeps_a_tenants_limit(world: World) -> None:
+    _limit(world, None)
+    _run(world, "bounded", "echo home > /home/kept; mkdir /var/d; ln -s x /var/d/link; rm /etc/hostname; mkfifo /var/p")
+    look = "cat /home/kept; readlink /var/d/link; test -e /etc/hostname || echo gone; stat -c %F:%u /var/p /home/main"
+    before = _run(world, "bounded", look)
+    assert _run(world, "bounded", f"{FILL}; rm /home/fill /var/fill") == "40\n40", "the control: no limit"
+
+    _limit(world, "24M")  # what it has moves into a project
+    tid = world.entry("bounded")["tid"]
+    assert _project(world) == world.entry("bounded")["uid_base"]
+    assert not Path(disk.image_of(str(world.root), tid)).exists()
+    assert _run(world, "bounded", look) == before
+    said = world.cli("show", "bounded").stdout
+    assert f"limit       disk {24 * MIB}: project quota {_project(world)} on {world.root}/tenants_fs/{tid}" in said
+    home, upper = (int(word) for word in _run(world, "bounded", FILL).split())
+    assert 20 <= home + upper <= 24
+    assert _run(world, "other", FILL) == "40\n40"
+    assert "quota" in _run(world, "bounded", "echo x > /home/x 2>&1; dd if=/dev/zero of=/home/x bs=1M 2>&1 || true")
+    hard, used = quota.limit(str(world.root), _project(world))
+    assert (hard, used <= hard) == (24 * MIB, True)
+
+    for where in ("/home/mine", "/var/mine"):
+        seen, word = _run(world, "bounded", f"rm -f /home/fill /var/fill; {LEAVE} {where}").split()
+        assert word in (str(errno.EINVAL), str(errno.EPERM), str(errno.ENOTTY)), word
+        assert int(seen or 0) in (_project(world), 0)
+    assert _leaves(world) == 0, "the control: the host's root may"
+
+    _limit(world, "48M")
+    assert quota.limit(str(world.root), _project(world))[0] == 48 * MIB
+    (world.directory / "packages/bounded/progs/new").write_text("new\n")
+    _limit(world, None)  # it keeps the limit that it has
+    assert _run(world, "bounded", f"{look}; cat /home/new") == f"{before}\nnew"
+    assert world.entry("bounded")["disk"] == 48 * MIB
+
+    project = _project(world)
+    assert world.cli("delete", "--yes", "bounded").returncode == 0
+    assert quota.limit(str(world.root), project)[0] == 0
+
+
+def _leaves(world: World) -> int:
+    """Take a file of the tenant's out of its project, as the host's root; returns the project that it is in then."""
+    path = world.root / "tenants_fs" / world.entry("bounded")["tid"] / "home/mine"
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        attributes = bytearray(fcntl.ioctl(descriptor, 0x801C581F, b"\0" * 28))
+        attributes[12:16] = bytes(4)
+        fcntl.ioctl(descriptor, 0x401C5820, bytes(attributes))
+        return int(struct.unpack_from("=I", fcntl.ioctl(descriptor, 0x801C581F, b"\0" * 28), 12)[0])
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.guest
+def test_new_layers_a_rollback_and_a_restored_backup_keep_the_limit(world: World) -> None:
+    _limit(world, "32M")
+    _run(world, "bounded", "echo upper > /var/first; echo home > /home/kept")
+    project = _project(world)
+    script = world.prog("bounded", "install")
+    script.write_text("#!/bin/sh\necho made > /opt/made\n")
+    script.chmod(0o755)
+    config = world.package("bounded") / "config.json"
+    config.write_text(config.read_text().replace('"dependencies": ""', '"dependencies": "/home/install"'))
+    _limit(world, "32M")
+    assert _run(world, "bounded", "cat /opt/made /home/kept; test -e /var/first || echo fresh") == "made\nhome\nfresh"
+    home, upper = (int(word) for word in _run(world, "bounded", FILL).split())
+    assert home + upper <= 32
+    done = world.cli("rollback", "bounded")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert _run(world, "bounded", "rm -f /home/fill; cat /var/first") == "upper"
+    assert quota.limit(str(world.root), project)[0] == 32 * MIB
+    assert _project(world) == project
+    saved = world.directory / "saved.tar"
+    done = world.cli("backup", "bounded", str(saved))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert world.cli("delete", "--yes", "bounded").returncode == 0
+    done = world.cli("restore", str(saved))
+    assert done.returncode == 0, done.stdout + done.stderr
+    _limit(world, "32M")
+    assert _run(world, "bounded", "cat /home/kept") == "home"
+    assert quota.limit(str(world.root), _project(world))[0] == 32 * MIB
+
+
+@pytest.mark.guest
+def test_a_quota_that_is_no_longer_kept_stops_the_start(world: World) -> None:
+    _limit(world, "24M")
+    project, path = _project(world), str(world.root)
+    quota.set_limit(path, project, 0)
+    done = world.cli("run", "bounded", "/bin/true")
+    assert done.returncode == 125
+    assert "no limit is in force" in done.stderr
+    _limit(world, "24M")  # and a build sets it again
+    assert quota.limit(path, project)[0] == 24 * MIB
+    _run(world, "bounded", "dd if=/dev/zero of=/home/more bs=1M count=20 2>/dev/null")
+    world.tenants.write_text(world.tenants.read_text().replace("24M", "16M"))
+    done = world.doit("configure:bounded")
+    assert done.returncode == 125
+    assert "more than its disk is to have" in done.stdout + done.stderr
+
+
+def test_without_project_quota_it_is_an_image(root: Path) -> None:
+    assert not quota.enforced("/proc")
+    assert quota.project_of("/proc") == 0
+    assert quota.project_of(str(root / "nothing")) == 0
