@@ -1,7 +1,6 @@
 """A backup is consistent and whole; what is restored is what was saved; and an archive may hold anything, in vain."""
 
 import hashlib
-import io
 import json
 import os
 import shutil
@@ -11,14 +10,13 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import zstandard
 
 from isochamber.build import backup, manifest, registry, restore
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
+from tests.crash import forged
 from tests.crash.world import World
 
 
@@ -131,74 +129,16 @@ def test_a_file_that_was_cut_or_changed_is_refused_and_changes_nothing(
         assert list(elsewhere.staging.iterdir()) == []
 
 
-# Forged archives: the meta data and members that somebody else writes.
-
-Member = tuple[tarfile.TarInfo, bytes]
+# Forged archives.
 
 
-def _member(name: str, kind: bytes = tarfile.REGTYPE, content: bytes = b"", **more: Any) -> Member:
-    member = tarfile.TarInfo(name)
-    member.type, member.size, member.mode = kind, len(content), 0o644
-    for key, value in more.items():
-        setattr(member, key, value)
-    return member, content
-
-
-def _forge(file: Path, members: list[Member], **meta: Any) -> None:
-    wanted = {"format": 1, "name": "sensor", "size": 1 << 20, "names": 100, **meta}
-    begin = [_member("isochamber.json", content=json.dumps(wanted).encode()), _member("home", tarfile.DIRTYPE)]
-    with (
-        zstandard.ZstdCompressor().stream_writer(file.open("wb")) as stream,
-        tarfile.open(fileobj=stream, mode="w|", format=tarfile.PAX_FORMAT) as archive,
-    ):
-        for member, content in [*begin, *members]:
-            archive.addfile(member, io.BytesIO(content))
-
-
-_D, _S, _L = tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
-HOSTILE: dict[str, list[Member]] = {
-    "dot dot": [_member("home/../../escaped", content=b"x")],
-    "absolute": [_member("/escaped", content=b"x")],
-    "through a symlink": [_member("home/out", _S, linkname="{outside}"), _member("home/out/escaped", content=b"x")],
-    "over a symlink": [_member("home/out", _S, linkname="{outside}/escaped"), _member("home/out", content=b"x")],
-    "a hard link out": [_member("home/h", _L, linkname="../../../../etc/passwd")],
-    "a hard link through a symlink": [
-        _member("home/out", _S, linkname="{outside}"), _member("home/h", _L, linkname="home/out/secret"),
-    ],
-    "a hard link to a symlink": [
-        _member("home/out", _S, linkname="{outside}/secret"), _member("home/h", _L, linkname="home/out"),
-    ],
-    "a device": [_member("home/null", tarfile.CHRTYPE, devmajor=1, devminor=3)],
-    "the host's ids": [_member("home/f", content=b"x", uid=70000)],
-    "a negative id": [_member("home/f", content=b"x", uid=-1)],
-    "a trusted attribute": [
-        _member("home/f", content=b"x", pax_headers={backup.XATTRS: '{"trusted.overlay.opaque": "eQ=="}'})
-    ],
-    "an attribute that is none": [_member("home/f", content=b"x", pax_headers={backup.XATTRS: "[[[["})],
-    "more than it says": [_member("home/f", content=b"x" * (2 << 20))],
-    "more names than it says": [_member(f"home/{number}", _D) for number in range(101)],
-    "too deep": [_member("home/" + "/".join(["d"] * count), _D) for count in range(1, 300)],
-    "an endless file": [_member("home/f", content=b"5\n", pax_headers={
-        "GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "home/f",
-        "GNU.sparse.realsize": str(1 << 62),
-    })],
-    "a name beside": [_member("beside/name", content=b"another")],
-    "a path beside": [_member("beside/../x", content=b"x")],
-    "nothing of ours": [_member("etc/passwd", content=b"x")],
-    "no list": [],
-    "a wrong list": [_member("home/f", content=b"x"), _member("files.list", content=b"")],
-    "more after the list": [_member("files.list", content=b""), _member("home/f", content=b"x")],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("attempt", HOSTILE)
+@pytest.mark.parametrize("attempt", forged.HOSTILE)
 def test_a_forged_archive_reaches_nothing_and_changes_nothing(elsewhere: State, tmp_path: Path, attempt: str) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret").write_text("secret")
     file = tmp_path / "forged"
-    members = [(_with_outside(member, outside), content) for member, content in HOSTILE[attempt]]
-    _forge(file, members, names=1000 if attempt == "too deep" else 100)
+    forged.forge(file, forged.members(attempt, outside), names=1000 if attempt == "too deep" else 100)
     with pytest.raises(IsochamberError) as caught:
         restore.restore(elsewhere, file)
     assert caught.value.line().isprintable()
@@ -207,14 +147,6 @@ def test_a_forged_archive_reaches_nothing_and_changes_nothing(elsewhere: State, 
     assert not list(elsewhere.root.rglob("escaped"))
     assert list((elsewhere.root / "tenants_persist").iterdir()) == []
     assert list(elsewhere.staging.iterdir()) == []
-
-
-def _with_outside(member: tarfile.TarInfo, outside: Path) -> tarfile.TarInfo:
-    copied = tarfile.TarInfo(member.name)
-    for key in ("type", "size", "mode", "uid", "gid", "devmajor", "devminor", "pax_headers"):
-        setattr(copied, key, getattr(member, key))
-    copied.linkname = member.linkname.replace("{outside}", str(outside))
-    return copied
 
 
 def test_the_same_archive_without_the_forgery_is_taken(elsewhere: State, tmp_path: Path) -> None:
@@ -228,18 +160,18 @@ def test_the_same_archive_without_the_forgery_is_taken(elsewhere: State, tmp_pat
         )
     )
     members = [
-        _member("home/d", _D, mode=0o755),
-        _member("home/d/f", content=b"x"),
-        _member("files.list", content=lines),
+        forged.member_of("home/d", tarfile.DIRTYPE, mode=0o755),
+        forged.member_of("home/d/f", content=b"x"),
+        forged.member_of("files.list", content=lines),
     ]
-    _forge(file, members)
+    forged.forge(file, members)
     assert restore.restore(elsewhere, file) == "sensor"
     assert (elsewhere.tenant_persist(elsewhere.tid("sensor")) / "home/d/f").read_text() == "x"
 
 
 @pytest.mark.parametrize("name", ["../escaped", "", "a/b", "A", "x" * 65, 7, None])
 def test_a_name_in_an_archive_is_checked_as_a_tenants(elsewhere: State, tmp_path: Path, name: object) -> None:
-    _forge(tmp_path / "forged", [_member("files.list", content=b"")], name=name)
+    forged.forge(tmp_path / "forged", [forged.member_of("files.list", content=b"")], name=name)
     with pytest.raises(IsochamberError):
         restore.restore(elsewhere, tmp_path / "forged")
     assert list((elsewhere.root / "tenants_persist").iterdir()) == []

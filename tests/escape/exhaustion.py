@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from isochamber.launch import cgroup, records
 from isochamber.launch import stop as stopping
-from tests.build.products import processes_of
+from tests.build.products import eventually, processes_of
 from tests.escape.attempts import Attempt, Guard, NotTestableError, Off, Run
 from tests.escape.guards import (
     CGROUP_KILL,
@@ -88,7 +89,7 @@ def remove_groups(tid: str) -> None:
     cgroup.remove_all(cgroup.groups_of(tid, found.v1, found))
 
 
-def _daemon(how: str) -> Run:
+def daemon(how: str) -> Run:
     def run(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
         """C04, R11: who detached itself, and ignores every signal, is dead when the tenant was stopped."""
         tenant = worlds.tenant(off)
@@ -104,6 +105,19 @@ def _daemon(how: str) -> Run:
         return "escaped" if left else "all of it is dead"
 
     return run
+
+
+def eventually_in_state(tenant: Tenant, state: str) -> bool:
+    """Say whether a process of the tenant gets into ``state`` (proc_pid_stat(5)) within the deadline."""
+
+    def is_there() -> bool:
+        found = []
+        for pid in tenant.processes():
+            with contextlib.suppress(OSError):
+                found.append(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0])
+        return state in found
+
+    return eventually(is_there, tenants.DEADLINE)
 
 
 def _signals_to_the_launcher(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
@@ -159,7 +173,7 @@ def attempts() -> Iterator[Attempt]:
         ("a daemon by double fork that ignores signals", "(trap '' TERM HUP; (sleep 1000; sleep 1000) & )"),
         ("a stopped process", "sleep 1000 & kill -STOP $!"),
     ):
-        yield one("C04", f"{title}, after a stop", (PIDS, CGROUP_KILL), _daemon(how), "all of it is dead")
+        yield one("C04", f"{title}, after a stop", (PIDS, CGROUP_KILL), daemon(how), "all of it is dead")
     yield one("R02", "filling /tmp", (SMALL_TMP,), _fill("/tmp"), "ENOSPC")
     yield one("R02", "filling /dev/shm", (SMALL_TMP,), _fill("/dev/shm"), "ENOSPC")
     yield one("R04", "20,000 files in /tmp", (SMALL_TMP,), _perl(_FILES), "no space")

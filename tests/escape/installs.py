@@ -14,6 +14,7 @@ from unittest import mock
 
 from isochamber.build.sandbox import build_tid
 from isochamber.build.state import State
+from isochamber.errors import IsochamberError
 from isochamber.launch import command
 from tests.build.products import Bench, processes_of
 from tests.conftest import PROJECT
@@ -32,6 +33,7 @@ ATTRIBUTES = Guard(
     "a layer is sealed: forged attributes are dropped",
     patches=(("isochamber.build.seal:_clean_attributes", lambda item: []),),
 )
+TIME = Guard("a limit of time (limits: install_seconds)")
 BOUNDED_LOG = Guard("a bounded log", patches=(("isochamber.build.process:MAX_LOG_BYTES", 1 << 40),))
 
 
@@ -122,6 +124,19 @@ def _daemon(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
     return "escaped" if left else "all of it is dead"
 
 
+def _hangs(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
+    """I05: a script that does not end; "worked" when it had all the time it wanted."""
+    bench = _bench(worlds, "sleep 4; echo waited")
+    if TIME not in off:
+        bench.install_seconds = 1
+    try:
+        _build(bench, off - {TIME})
+    except IsochamberError as error:
+        assert "took longer" in error.line() or "second" in error.line(), error.line()
+        return "killed"
+    return "worked" if "waited" in bench.log() else "nothing"
+
+
 def _flood(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
     bench = _bench(worlds, 'perl -e \'print "x" x 3999, "\\n" for 1..4300\'')
     _build(bench, off)
@@ -168,5 +183,6 @@ def attempts() -> Iterator[Attempt]:
         "I04", "a forged attribute in a layer", (ATTRIBUTES,),
         _left(_FORGE, lambda rootfs: bool(os.listxattr(rootfs / "opt/left"))), refused=frozenset({"dropped"}),
     )  # fmt: skip
+    yield Attempt("I05", "a script that hangs", (TIME,), _hangs, refused=frozenset({"killed"}))
     yield Attempt("I05", "a flood of output", (BOUNDED_LOG,), _flood, refused=frozenset({"bounded"}))
     yield from _calls()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
-from tests.escape.attempts import Attempt, Guard
+from isochamber.spec import policy
+from tests.escape.attempts import Attempt, Guard, NotTestableError, Off
 from tests.escape.guards import CGROUPS, DEVICES, FILTER, PIDS, RIGHTS
-from tests.escape.worlds import scripted
+from tests.escape.races import compiled
+from tests.escape.worlds import Worlds, scripted
 
 BOTH = (FILTER, RIGHTS)
 ONE_RIGHTS = (RIGHTS,)
@@ -172,6 +177,32 @@ def _socketcall(family: int, kind: int) -> str:
     return f"socketcall 1 x:{words.hex()}"
 
 
+def _broken_memory(worlds: Worlds, off: Off, attempt: Attempt) -> str:
+    """K19: MADV_HWPOISON; nothing is mapped there, so that nothing breaks where it gets through."""
+    word = scripted(worlds, off, attempt)
+    if word == "EINVAL":
+        raise NotTestableError("this kernel has no CONFIG_MEMORY_FAILURE")
+    return word
+
+
+def _own_map(worlds: Worlds, off: Off, attempt: Attempt) -> str:
+    """K19: PR_SET_MM, which takes CAP_SYS_RESOURCE over the host."""
+    effective = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert effective
+    if not int(effective[1], 16) >> 24 & 1:
+        raise NotTestableError("the host's root has no CAP_SYS_RESOURCE here")
+    return scripted(worlds, off, attempt)
+
+
+def _sweep(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
+    """K04: calls of a later kernel than the lists, and numbers that nobody has: none gets somewhere."""
+    tenant = worlds.tenant(off)
+    shutil.copy(compiled(worlds.scratch, "helper", "-static"), tenant.home)
+    script = f"/home/helper sweep {policy.LAST_REVIEWED + 1} 1023"
+    word = worlds.start(tenant, off, "/bin/sh", "-c", script).stdout.strip()
+    return "ENOSYS" if word == "absent" else word
+
+
 def attempts() -> Iterator[Attempt]:
     """Yield every attempt of this group."""
     yield from _every_way()
@@ -179,5 +210,16 @@ def attempts() -> Iterator[Attempt]:
         if title in ("a user namespace by unshare", "a mount", "an io_uring"):
             yield _attempt("K02", title, guards, "x32", call, "x32")
             yield _attempt("K17", title, guards, "stacked", call, "below a filter of its own")
+    yield Attempt(
+        "K19", "declaring memory broken", ONE_RIGHTS, _broken_memory, "exec /home/probe raw madvise 0x1000 4096 100"
+    )
+    yield Attempt(
+        "K19",
+        "moving where the kernel thinks its memory is",
+        ONE_RIGHTS,
+        _own_map,
+        "exec /home/probe raw prctl 35 1 0x1000 0 0",
+    )
+    yield Attempt("K04", "every number that no call has been looked at by", (FILTER,), _sweep)
     yield _attempt("K15", "a packet socket by socketcall", BOTH, "i386:102", _socketcall(17, 3), "int 0x80")
     yield _attempt("K15", "a VSOCK socket by socketcall", ONE_FILTER, "i386:102", _socketcall(40, 1), "int 0x80")

@@ -74,6 +74,7 @@ static const struct call calls[] = {
     RAW(userfaultfd) RAW(init_module) RAW(finit_module) RAW(delete_module) RAW(kexec_load) RAW(seccomp) RAW(kcmp)
     RAW(lookup_dcookie) RAW(vhangup) RAW(move_pages) RAW(migrate_pages) RAW(capset) RAW(execveat) RAW(ioprio_set)
     RAW(sched_setscheduler) RAW(sched_setattr) RAW(tgkill) RAW(mbind) RAW(nfsservctl) RAW(syncfs)
+    RAW(madvise)
     /* From 424 on every architecture counts alike. */
     SINCE(pidfd_send_signal, 424) SINCE(io_uring_setup, 425) SINCE(io_uring_enter, 426) SINCE(io_uring_register, 427)
     SINCE(open_tree, 428) SINCE(move_mount, 429) SINCE(fsopen, 430) SINCE(fsconfig, 431) SINCE(fsmount, 432)
