@@ -76,22 +76,23 @@ def make_directories(path: Path, mode: int = 0o700) -> None:
 
 def write_file(
     path: Path, content: bytes, *, mode: int = 0o600, exclusive: bool = False, staging: Path | None = None
-) -> None:
+) -> os.stat_result:
     """Replace ``path`` with ``content`` (bytes) in one step; with ``exclusive`` an existing file stays and wins.
 
-    Readers see the former file or the new one, never a part. Raises OSError, and then
-    leaves the former file as it was. On a full disk the reserve is given up first, when
-    ``staging`` (the state directory's; by default the file is staged beside itself) has one.
+    Readers see the former file or the new one, never a part. Returns the status of what
+    was written. Raises OSError, and then leaves the former file as it was. On a full disk
+    the reserve is given up first, when ``staging`` (the state directory's; by default the
+    file is staged beside itself) has one.
     """
     try:
-        _write_file(path, content, mode, exclusive, staging or path.parent)
+        return _write_file(path, content, mode, exclusive, staging or path.parent)
     except OSError as error:
         if error.errno not in _FULL or staging is None or not _give_up_reserve(staging.parent):
             raise
-        _write_file(path, content, mode, exclusive, staging)
+        return _write_file(path, content, mode, exclusive, staging)
 
 
-def _write_file(path: Path, content: bytes, mode: int, exclusive: bool, directory: Path) -> None:
+def _write_file(path: Path, content: bytes, mode: int, exclusive: bool, directory: Path) -> os.stat_result:
     with _staged_file(directory, path.name, mode) as (stage, descriptor):
         _write_all(descriptor, content)
         os.fchmod(descriptor, mode)
@@ -100,6 +101,7 @@ def _write_file(path: Path, content: bytes, mode: int, exclusive: bool, director
             _link(stage, path)
         else:
             _replace(stage, path)
+        return os.fstat(descriptor)
 
 
 @contextlib.contextmanager

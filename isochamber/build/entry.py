@@ -138,10 +138,11 @@ def slot_of(entry: Mapping[str, Any]) -> str:
 def choose_slot(state: State, tid: str, wanted: list[str]) -> str:
     """Return the slot whose upper a tenant over the lowers ``wanted`` uses, or is to get."""
     entry = registry.read(state, salvage=True).get(tid)
+    used = None if entry is None else slot_of(entry)
+    if used in identity.SLOTS:
+        fits = _belongs_to(state, tid, used, entry) == wanted
+        return used if fits else next(slot for slot in identity.SLOTS if slot != used)
     known = {slot: _belongs_to(state, tid, slot, entry) for slot in identity.SLOTS}
-    if entry is not None and slot_of(entry) in known:
-        used = slot_of(entry)
-        return used if known[used] == wanted else next(slot for slot in identity.SLOTS if slot != used)
     for slot in identity.SLOTS:
         if known[slot] == wanted:
             return slot

@@ -21,7 +21,7 @@ import os
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from types import ModuleType
 
@@ -56,7 +56,7 @@ class Rule:
     conditions: tuple[Condition, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Program:
     """One filter, before it is compiled."""
 
@@ -68,6 +68,10 @@ class Program:
 
     def digest(self) -> str:
         """Return the digest of all that the bytes depend on."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         rules = [[rule.call, rule.action, rule.conditions] for rule in self.rules]
         text = json.dumps(
             [_FORMAT, self.architecture, self.otherwise, self.known_up_to, self.newer, rules], separators=(",", ":")

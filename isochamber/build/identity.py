@@ -42,9 +42,9 @@ def find(state: State, tenant: str) -> Identity | None:
     uid_base = _owner(state, tid)
     if uid_base is None:
         return None
-    filesystem, persist = state.tenant_fs(tid), state.tenant_persist(tid)
-    parts = (filesystem / UPPER, filesystem / WORKDIR, filesystem / OVERLAY, persist / HOME)
-    return Identity(tid, uid_base) if all(part.is_dir() for part in parts) else None
+    filesystem, persist = os.fspath(state.tenant_fs(tid)), os.fspath(state.tenant_persist(tid))
+    parts = (f"{filesystem}/{UPPER}", f"{filesystem}/{WORKDIR}", f"{filesystem}/{OVERLAY}", f"{persist}/{HOME}")
+    return Identity(tid, uid_base) if all(map(os.path.isdir, parts)) else None
 
 
 def ensure(state: State, tenant: str, disk_size: int | None = None) -> Identity:
@@ -67,11 +67,16 @@ def ensure(state: State, tenant: str, disk_size: int | None = None) -> Identity:
     return Identity(tid, uid_base)
 
 
+_OWNED = tuple(f"{name}{slot}" for name in (UPPER, WORKDIR) for slot in SLOTS)
+
+
 def _owner(state: State, tid: str) -> int | None:
     """Return the first uid of the range that the tenant's upper (or what is left of it) belongs to."""
-    for part in (f"{name}{slot}" for name in (UPPER, WORKDIR) for slot in SLOTS):
+    # Plain text for a path: every new tenant looks at all others.
+    directory = os.fspath(state.tenant_fs(tid))
+    for part in _OWNED:
         try:
-            uid = (state.tenant_fs(tid) / part).lstat().st_uid
+            uid = os.lstat(f"{directory}/{part}").st_uid
         except FileNotFoundError:
             continue
         if FIRST <= uid <= LAST and (uid - FIRST) % UID_COUNT == 0:

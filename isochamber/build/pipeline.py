@@ -26,7 +26,10 @@ class Pipeline:
         self.reporter = reporter
         self._contents: dict[str, Mapping[str, str]] = {}
         self._bases: dict[str, str] = {}
-        self._identities: dict[str, Identity] = {}  # only those that are there: what is missing is looked for again
+        # Only what is there: what is missing is looked for again.
+        self._identities: dict[str, Identity] = {}
+        self._layers: dict[str, str] = {}
+        self._built: set[str] = set()  # bases
 
     # The spec's nouns.
 
@@ -57,7 +60,9 @@ class Pipeline:
 
     def base_current(self, name: str) -> bool:
         """Say whether that base is on disk."""
-        return base.exists(self.state, self.base_product(name))
+        if name not in self._built and base.exists(self.state, self.base_product(name)):
+            self._built.add(name)
+        return name in self._built
 
     def make_base(self, name: str) -> None:
         """Build it; raises IsochamberError (stage "base")."""
@@ -98,6 +103,14 @@ class Pipeline:
 
     def layer_product(self, name: str) -> str | None:
         """Return the layer that serves ``name`` now, or None: no dependencies, or not built yet."""
+        if name not in self._layers:
+            found = self._find_layer(name)
+            if found is None:
+                return None
+            self._layers[name] = found
+        return self._layers[name]
+
+    def _find_layer(self, name: str) -> str | None:
         tenant = self.tenant(name)
         own = self.contents_of(tenant.package)
         recipe = layer.recipe(tenant, self.base_product(tenant.base), own)
@@ -176,7 +189,7 @@ class Pipeline:
 
     # configure
 
-    def wanted_entry(self, name: str) -> dict[str, object] | None:
+    def wanted_entry(self, name: str, kept: filters.Wanted | None = None) -> dict[str, object] | None:
         """Return the entry as it should stand in containers.json, or None while a part of it is missing."""
         tenant, found = self.tenant(name), self.identity_of(name)
         if found is None or not self.base_current(tenant.base) or not self.layer_current(name):
@@ -190,7 +203,7 @@ class Pipeline:
             base_product,
             layer_product,
             self.contents_of(tenant.package),
-            self.filters_of(name).entry(),
+            (kept or self.filters_of(name)).entry(),
             self.spec.subnets,
             slot,
             disk.size(self.state, found.tid),
@@ -198,8 +211,11 @@ class Pipeline:
 
     def configured(self, name: str) -> bool:
         """Say whether containers.json holds that entry, its filters are there, and the upper belongs to its lowers."""
-        wanted = self.wanted_entry(name)
-        return wanted is not None and entry.current(self.state, wanted) and self.filters_of(name).exist(self.state)
+        if self.identity_of(name) is None:
+            return False
+        kept = self.filters_of(name)
+        wanted = self.wanted_entry(name, kept)
+        return wanted is not None and entry.current(self.state, wanted) and kept.exist(self.state)
 
     def configure(self, name: str) -> None:
         """Write the entry, with a fresh upper when the lowers changed; raises IsochamberError (stage "configure")."""

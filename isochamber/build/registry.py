@@ -3,7 +3,9 @@
 import contextlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from isochamber import paths
@@ -19,9 +21,61 @@ _HINT = "run ./doit: it is made anew with the same tids and uid ranges"
 # One parse a version of the file, however many tenants ask: path -> (identity, entries).
 _parsed: dict[str, tuple[tuple[int, ...], dict[str, Entry]]] = {}
 
+_SHARE = 20  # of a run that puts many entries, at most one part in so many goes into writing the file
+
+
+class _Together:
+    """Entries of one process that are not in the file yet; what was put counts for its own reads at once."""
+
+    def __init__(self, state: State) -> None:
+        self.path, self.process = state.containers, os.getpid()
+        self.entries: dict[str, Entry] = {}
+        self.due = 0.0  # monotonic seconds
+
+
+_together: _Together | None = None
+
+
+@contextlib.contextmanager
+def together(state: State) -> Iterator[None]:
+    """Write what this process puts within the block now and then, and all of it at the block's end.
+
+    The file is replaced as a whole, so a write an entry would cost the square of their
+    number. A cut loses puts that came since the last write, as if it had come before them.
+    Raises IsochamberError at the end when it can't be written.
+    """
+    global _together  # noqa: PLW0603 - one process, one run of the graph
+    _together = _Together(state)
+    try:
+        yield
+    finally:
+        try:
+            settle(state)
+        finally:
+            _together = None
+
+
+def _held_back(state: State) -> _Together | None:
+    """Return what the block holds back; a process forked within it writes its own puts itself."""
+    held = _together
+    return held if held is not None and held.path == state.containers and held.process == os.getpid() else None
+
+
+def settle(state: State) -> None:
+    """Write what :func:`together` holds back, if anything; raises IsochamberError."""
+    held = _held_back(state)
+    if held is not None and held.entries:
+        _change(state, {})
+
 
 def read(state: State, *, salvage: bool = False) -> Mapping[str, Entry]:
-    """Return tid -> entry; no file is no entry.
+    """Return tid -> entry; no file is no entry. Raises as :func:`_read_file`."""
+    held, found = _held_back(state), _read_file(state, salvage=salvage)
+    return ChainMap(held.entries, found) if held is not None and held.entries else found
+
+
+def _read_file(state: State, *, salvage: bool) -> dict[str, Entry]:
+    """Return what the file says; no file is no entry.
 
     Raises IsochamberError for a damaged file; with ``salvage`` what can still be read of
     it counts, a line an entry, and the next ./doit makes the rest anew.
@@ -34,8 +88,7 @@ def read(state: State, *, salvage: bool = False) -> Mapping[str, Entry]:
     except OSError as error:
         raise IsochamberError.from_os(error, stage="containers", path=path, hint=_HINT) from error
     with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        identity = _identity(os.fstat(file.fileno()))
         known = _parsed.get(str(path))
         if known is not None and known[0] == identity:
             return known[1]
@@ -48,6 +101,10 @@ def read(state: State, *, salvage: bool = False) -> Mapping[str, Entry]:
         raise IsochamberError(f"is damaged: {error}", stage="containers", path=path, hint=_HINT) from error
     _parsed[str(path)] = (identity, entries)
     return entries
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def decode(content: bytes) -> dict[str, Entry]:
@@ -95,7 +152,13 @@ def find(state: State, tenant: str) -> Entry | None:
 
 
 def put(state: State, entry: Entry) -> None:
-    """Add or replace one entry; raises IsochamberError."""
+    """Add or replace one entry, in :func:`together` soon and else at once; raises IsochamberError."""
+    held = _held_back(state)
+    if held is not None:
+        held.entries[entry["tid"]] = entry
+        if time.monotonic() >= held.due:
+            settle(state)
+        return
     _change(state, {entry["tid"]: entry})
 
 
@@ -117,22 +180,34 @@ def _keep_damaged(state: State) -> None:
 
 
 def is_whole(state: State) -> bool:
-    """Say whether the file is there and can be read."""
+    """Say whether the file is there and can be read, or is about to be written."""
+    held = _held_back(state)
+    return (held is not None and bool(held.entries)) or _is_whole_file(state)
+
+
+def _is_whole_file(state: State) -> bool:
     try:
-        return bool(read(state)) or state.containers.exists()
+        return bool(_read_file(state, salvage=False)) or state.containers.exists()
     except IsochamberError:
         return False
 
 
 def _change(state: State, add: dict[str, Entry], *, without: str | None = None) -> None:
+    begun, held = time.monotonic(), _held_back(state)
     with locks.product_lock(state, "containers", lambda _line: None):
-        former = read(state, salvage=True)
-        entries = {tid: entry for tid, entry in former.items() if tid != without} | add
-        if entries == former and is_whole(state):
-            return
-        try:
-            if not is_whole(state):
-                _keep_damaged(state)
-            durable.write_file(state.containers, encode(entries), staging=state.staging)
-        except OSError as error:
-            raise IsochamberError.from_os(error, stage="containers", path=state.containers) from error
+        former = _read_file(state, salvage=True)
+        known = former if held is None else former | held.entries
+        entries = {tid: entry for tid, entry in known.items() if tid != without} | add
+        whole = _is_whole_file(state)
+        if entries != former or not whole:
+            try:
+                if not whole:
+                    _keep_damaged(state)
+                status = durable.write_file(state.containers, encode(entries), staging=state.staging)
+            except OSError as error:
+                raise IsochamberError.from_os(error, stage="containers", path=state.containers) from error
+            _parsed[str(state.containers)] = (_identity(status), entries)
+    if held is not None:
+        held.entries.clear()
+        now = time.monotonic()
+        held.due = now + (_SHARE - 1) * (now - begun)

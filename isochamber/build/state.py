@@ -129,15 +129,22 @@ class State:
 
     def tenant_fs(self, tid: str) -> Path:
         """Return tenants_fs/<tid>, which holds upper, workdir and overlay."""
-        return self.root / paths.TENANTS_FS / tid
+        return self._below(paths.TENANTS_FS, tid)
 
     def tenant_persist(self, tid: str) -> Path:
         """Return tenants_persist/<tid>, which holds home and its manifest."""
-        return self.root / paths.TENANTS_PERSIST / tid
+        return self._below(paths.TENANTS_PERSIST, tid)
+
+    def _below(self, part: str, name: str) -> Path:
+        """Return the path, made once: a run with nothing to do asks for each a dozen times."""
+        known: dict[tuple[str, str], Path] = self.__dict__.setdefault("_paths", {})
+        if (part, name) not in known:
+            known[part, name] = self.root / part / name
+        return known[part, name]
 
     def filter(self, digest: str) -> Path:
         """Return where the compiled system call filter ``digest`` lies."""
-        return self.root / paths.FILTERS / f"{digest}.bpf"
+        return self._below(paths.FILTERS, f"{digest}.bpf")
 
     def home(self, tid: str) -> Path:
         """Return where the tenant's /home is: on its disk image where it has one."""

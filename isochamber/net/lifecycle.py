@@ -51,6 +51,7 @@ class Networks:
 
     def make(self, name: str) -> None:
         """Make it so; raises IsochamberError (stage "net")."""
+        registry.settle(self._pipeline.state)  # what the kernel holds stands in the file before it is made
         wrong = self._wrong or {}
         self._opened().apply(self._pipeline.state.tid(name), rebuild="" in wrong)
         for done in (name, ""):

@@ -103,14 +103,16 @@ def foreground_tasks(pipeline: Pipeline) -> Iterator[Task]:
     yield {"basename": "run", "name": None, "doc": "run a tenant in the foreground (name or tid)"}
     yield {"basename": "shell", "name": None, "doc": "a root shell in a tenant's file system, with the host's network"}
     root = str(pipeline.spec.root)
+    run = supervised.argv("run", "--root", root, "--")
+    shell = command.argv("run", "--root", root, "--shell", "--")
     for name, tenant in pipeline.spec.tenants.items():
         names = [name]
         needed = [f"net:{name}"] if tenant.network.mode == "bridge" else []
         if pipeline.state.namespace is not None:
             names.append(pipeline.state.tid(name))
         for alias in names:
-            yield foreground.task("run", alias, name, supervised.argv("run", "--root", root, "--", name), needed)
-        yield foreground.task("shell", name, name, command.argv("run", "--root", root, "--shell", "--", name))
+            yield foreground.task("run", alias, name, [*run, name], needed)
+        yield foreground.task("shell", name, name, [*shell, name])
 
 
 def housekeeping_tasks(pipeline: Pipeline) -> Iterator[Task]:

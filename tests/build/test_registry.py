@@ -155,3 +155,46 @@ def test_many_writers_lose_nothing_and_a_reader_never_sees_a_part(state: State) 
     assert not failed
     assert len(registry.read(state)) == 40
     assert len(os.listdir(state.root)) == len({*os.listdir(state.root)} - {".tmp"})
+
+
+def test_what_is_put_together_counts_at_once_for_its_process_and_is_in_the_file_at_the_end(state: State) -> None:
+    alone = State(state.root.parent / "alone")
+    alone.create()
+    writes = 0
+    with registry.together(state):
+        for number in range(50):
+            before = state.containers.stat().st_ino if state.containers.exists() else 0
+            registry.put(state, _entry(number))
+            registry.put(alone, _entry(number))
+            assert registry.read(state)[_entry(number)["tid"]] == _entry(number)
+            assert registry.is_whole(state)
+            writes += before != state.containers.stat().st_ino
+        assert writes < 50, "every put writes the file"
+        registry.remove(state, _entry(3)["tid"])
+        registry.remove(alone, _entry(3)["tid"])
+        assert _entry(3)["tid"] not in registry.read(state)
+    assert state.containers.read_bytes() == alone.containers.read_bytes()
+
+
+def test_a_file_that_can_not_be_written_is_said_at_the_end_of_what_was_put_together(state: State) -> None:
+    registry.put(state, _entry(0))
+    with pytest.raises(IsochamberError, match="containers"), registry.together(state):
+        registry.put(state, _entry(1))
+        registry._together.due = float("inf")  # type: ignore[union-attr] # as after a slow write
+        registry.put(state, _entry(2))
+        state.staging.rename(state.root / "elsewhere")
+    assert list(registry.read(state).values()) == [_entry(0), _entry(1)]
+
+
+def test_a_process_forked_meanwhile_writes_its_own_puts(state: State) -> None:
+    with registry.together(state):
+        registry.put(state, _entry(0))
+        registry._together.due = float("inf")  # type: ignore[union-attr] # as after a slow write
+        child = os.fork()
+        if child == 0:
+            registry.put(state, _entry(1))
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert registry.read(state).keys() == {_entry(0)["tid"], _entry(1)["tid"]}
+        registry.put(state, _entry(2))
+    assert len(registry.read(state)) == 3

@@ -140,6 +140,11 @@ def configure(world: World) -> None:
     """doit, all of it: whatever is missing."""
     pipeline = world.pipeline()
     recover.clean(pipeline.state)
+    with registry.together(pipeline.state):
+        _make_missing(pipeline)
+
+
+def _make_missing(pipeline: Pipeline) -> None:
     for name, tenant in pipeline.spec.tenants.items():
         if not pipeline.base_current(tenant.base):
             pipeline.make_base(tenant.base)
