@@ -1,54 +1,69 @@
-"""``./doit benchmark``: every group, or those named; tables on stdout, in README.md and in result.json.
+"""``./doit benchmark``: every section, or those named; tables on stdout, in README.md and in result.json.
 
-python -m benchmarks [--rounds N] [--write] [starts] [graph] [builds]
+python -m benchmarks [--only starts,graph] [--rounds N] [--write]
+
+A section or a peer that fails is named, and the others go on. What was measured is
+written after each section; a part that is measured again replaces its former figures.
 """
 
 import argparse
 import os
 import sys
+import time
+import traceback
 
-from benchmarks import builds, graph, report, starts, world
-from benchmarks.harness import Group
-from benchmarks.report import Goal, ratio
+from benchmarks import harness, report, sections, world
+from benchmarks.harness import Section
 
-_WHOLE, _FIRST = "whole process", "to first instruction"
-_CLI, _NOOP, _WARM = "isochamber run", "doit, no-op", "base_fs, cache warm"
-
-GOALS = (
-    Goal("isochamber run, cold, against runc, whole process", 1.0, ratio(_CLI, "runc", _WHOLE)),
-    Goal("isochamber run, cold, against python3 -I -S -c pass", 2.2, ratio(_CLI, "python3 -I -S -c pass", _WHOLE)),
-    Goal("no-op doit against bare doit on the same graph", 3.0, ratio(_NOOP, "bare doit, no-op", _WHOLE)),
-    Goal("base_fs against debootstrap", 0.55, ratio("base_fs", "debootstrap", _WHOLE)),
-    Goal(
-        "base_fs with the package cache warm against debootstrap",
-        0.4,
-        ratio("base_fs, cache warm", "debootstrap", _WHOLE),
-    ),
-)
+_DOC = __doc__ or ""
 
 
 def main() -> int:
-    """Measure and report."""
-    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__.splitlines()[0])
-    parser.add_argument("groups", nargs="*", help="default: all")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--sizes", default="10,100,1000", help="tenants of the graphs, 5000 takes long")
-    parser.add_argument("--write", action="store_true", help="write README.md and result.json too")
+    """Measure and report; returns 1 when a section failed."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=_DOC.splitlines()[0])
+    parser.add_argument("--only", action="append", default=[], help=f"of: {', '.join(sections.ALL)}; may be repeated")
+    parser.add_argument("--rounds", type=int, default=15, help="of what takes milliseconds; the rest in proportion")
+    parser.add_argument("--sizes", default="10,100,1000,5000", help="how many tenants the graphs have")
+    parser.add_argument("--small", action="store_true", help="few tenants everywhere: to see that it works")
+    parser.add_argument("--write", action="store_true", help="write result.json, the two READMEs and plots/ too")
     arguments = parser.parse_args()
     if os.geteuid() != 0:
         parser.error("it makes containers: run it as root")
-    wanted = arguments.groups or ["starts", "graph", "builds"]
-    groups: list[Group] = []
-    with world.make() as made:
-        if "starts" in wanted:
-            groups += starts.measure(made, arguments.rounds)
-        if "graph" in wanted:
-            sizes = tuple(int(size) for size in arguments.sizes.split(","))
-            groups += graph.measure(made, max(arguments.rounds // 3, 1), sizes)
-        if "builds" in wanted:
-            groups += builds.measure(made, max(arguments.rounds // 5, 1))
-    sys.stdout.write(report.tell(groups, GOALS, write=arguments.write) + "\n")
-    return 0
+    wanted = [name for given in arguments.only for name in given.split(",")] or list(sections.ALL)
+    for name in wanted:
+        if name not in sections.ALL:
+            parser.error(f"there is no section {name}, allowed: {', '.join(sections.ALL)}")
+    sizes = tuple(int(size) for size in arguments.sizes.split(","))
+    settings = sections.Settings(arguments.rounds, sizes, small=arguments.small)
+    known = harness.load(report.RESULT) if arguments.write else {}
+    failed = []
+    with world.make() as master:
+        for name in wanted:
+            known[name] = _run(name, settings, master)
+            if known[name].failure is not None:
+                failed.append(name)
+            if arguments.write:
+                harness.save(report.RESULT, known)
+                report.write(known)
+    sys.stdout.write(report.text({name: known[name] for name in wanted}) + "\n")
+    return 1 if failed else 0
+
+
+def _run(name: str, settings: sections.Settings, master: world.World) -> Section:
+    """Measure one section in a world of its own; what goes wrong is its result."""
+    sys.stderr.write(f"== {name}\n")
+    begun = time.monotonic()
+    section = Section(name, machine=harness.machine())
+    try:
+        with world.make(master) as made:
+            sections.ALL[name](made, settings, section)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        sys.stderr.write("".join(traceback.format_exception(error)))
+        section.failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    section.seconds = time.monotonic() - begun
+    return section
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from benchmarks.harness import Absent, Case, Group, Sample
 from benchmarks.world import World, write_package
 
 SIZES = (10, 100, 1000, 5000)
+NOOP, CHANGED, BARE = "doit, no-op", "doit, one tenant changed", "bare doit, no-op"
+RUN, DOIT_RUN = "isochamber run", "doit run:"
+CACHED = "cached image builds"
+DOCKER, BUILDAH = "docker build, cached", "buildah build, cached"
 BUILDS = 10  # cached image builds that are timed; told per tenant
 
 # The same graph for bare doit: as many tasks, the same dependencies, each up to date for the asking.
@@ -22,48 +26,70 @@ def task_all():
     yield {{"basename": "base_fs", "actions": None}}
     for kind in ("dirs", "install_deps", "home", "configure", "run", "shell", "delete"):
         yield {{"basename": kind, "name": None}}
+    yield {{"basename": "run:tid", "name": None}}
     for number in range({size}):
         name = f"t{{number}}"
         for kind, before in (
             ("dirs", []), ("install_deps", ["base_fs", "dirs:" + name]),
             ("home", ["dirs:" + name, "install_deps:" + name]),
             ("configure", ["base_fs", "dirs:" + name, "install_deps:" + name, "home:" + name]),
-            ("run", ["configure:" + name]), ("shell", ["configure:" + name]), ("delete", []),
+            ("run", ["configure:" + name]), ("run:tid", ["configure:" + name]), ("shell", ["configure:" + name]),
+            ("delete", []),
         ):
-            yield {{"basename": kind, "name": name, "actions": [same], "uptodate": [same], "task_dep": before}}
+            yield {{
+                "basename": kind, "name": name, "doc": kind + " of " + name, "actions": [same], "uptodate": [same],
+                "task_dep": before,
+            }}
 """
 
 
-def measure(world: World, rounds: int, sizes: tuple[int, ...] = SIZES) -> list[Group]:
-    """Time the graphs of every size, then the peers' cached builds."""
+def measure(world: World, rounds: int, sizes: tuple[int, ...], groups: list[Group]) -> None:
+    """Time the graphs of every size, a start among so many, and the peers' cached builds, each added to ``groups``."""
     peers.install("make", "ninja", "dockerd", "buildah", "iptables")
-    groups = [_of_size(world, size, rounds) for size in sizes]
     groups.append(_cached_builds(world, rounds))
-    return groups
-
-
-def _of_size(world: World, size: int, rounds: int) -> Group:
-    directory = world.directory(f"graph-{size}")
-    environment = _tenants(world, directory, size)
+    first = Group("the first doit: packages deployed and configured", 1)
+    groups.append(first)
+    directories = {size: world.directory(f"graph-{size}") for size in sizes}
+    environments = {size: _tenants(world, directory, size) for size, directory in directories.items()}
     doit = world.python("isochamber.tasks")
-    harness.run(doit, env=environment, timeout=3600)
+    for size in sizes:
+        begun = time.monotonic()
+        harness.run(doit, env=environments[size], timeout=1200)
+        first.samples[f"{size} tenants"] = [{"whole process": time.monotonic() - begun}]
+        groups.append(_of_size(world, size, rounds if size < 5000 else min(rounds, 3), environments[size]))
+    groups += _starts_among_many(world, environments, rounds)
+
+
+def among(what: str, size: int) -> str:
+    """Return how a start is called that is one of ``size`` tenants."""
+    return f"{what}, {size} configured"
+
+
+def _starts_among_many(world: World, environments: dict[int, dict[str, str]], rounds: int) -> list[Group]:
+    """Time the start of one tenant, by how many are configured, taken in turn."""
+
+    def cases(what: str, argv: list[str | Path]) -> list[Case]:
+        return [Case(among(what, size), harness.stamped(argv, env=own)) for size, own in environments.items()]
+
+    run, doit = world.command("run", "t1"), [*world.python("isochamber.tasks"), "run:t1"]
+    return [
+        harness.measure("isochamber run, one among many", cases(RUN, run), rounds=rounds * 3),
+        harness.measure("doit run:, one among many", cases(DOIT_RUN, [*doit]), rounds=min(rounds, 3)),
+    ]
+
+
+def _of_size(world: World, size: int, rounds: int, environment: dict[str, str]) -> Group:
+    directory = world.directory(f"graph-{size}")
+    doit = world.python("isochamber.tasks")
     changed = directory / "state" / "new_tenants" / "t0" / "progs" / "main"
     (directory / "dodo.py").write_text(_DODO.format(directory=directory, size=size))
     bare: list[str | Path] = [Path(sys.executable).parent / "doit", "-f", directory / "dodo.py"]
     cases: list[Case | Absent] = [
-        Case("doit, no-op", harness.whole(doit, env=environment)),
-        Case("doit, one tenant changed", _after(lambda: _touch(changed), harness.whole(doit, env=environment))),
-        Case("bare doit, no-op", harness.whole(bare)),
+        Case(NOOP, harness.whole(doit, env=environment)),
+        Case(CHANGED, _after(lambda: _touch(changed), harness.whole(doit, env=environment))),
+        Case(BARE, harness.whole(bare)),
         _make(directory, size),
         _ninja(directory, size),
-        Case(
-            "isochamber run",
-            harness.stamped(
-                [Path(sys.executable).parent / "isochamber", "run", "t1"],
-                env={**environment, "ISOCHAMBER_ROOT": str(directory / "state")},
-            ),
-        ),
-        Case("doit run:", harness.stamped([*doit, "run:t1"], env=environment)),
     ]
     return harness.measure(f"graph of {size} tenants", cases, rounds=rounds)
 
@@ -137,7 +163,7 @@ def _cached_builds(world: World, rounds: int) -> Group:
     (context / "Dockerfile").write_text("FROM bench\nRUN echo layer > /etc/bench\nCOPY main /home/main\n")
     with peers.docker(world) as docker:
         cases = [_docker_build(world, docker, context), _buildah_build(world, context)]
-        return harness.measure(f"{BUILDS} cached image builds", cases, rounds=min(rounds, 5))
+        return harness.measure(f"{CACHED}, {BUILDS} of them", cases, rounds=min(rounds, 5))
 
 
 def _repeated(argv: list[str], **options: object) -> Callable[[], Sample]:
@@ -151,7 +177,7 @@ def _repeated(argv: list[str], **options: object) -> Callable[[], Sample]:
 
 
 def _docker_build(world: World, docker: tuple[str, ...], context: Path) -> Case | Absent:
-    name = "docker build, cached"
+    name = DOCKER
     if not docker:
         return Absent(name, "its daemon does not start here")
     try:
@@ -165,20 +191,11 @@ def _docker_build(world: World, docker: tuple[str, ...], context: Path) -> Case 
 
 
 def _buildah_build(world: World, context: Path) -> Case | Absent:
-    name = "buildah build, cached"
-    if shutil.which("buildah") is None:
-        return Absent(name, "Debian's package buildah could not be installed")
-    store = world.directory("buildah")
-    words = ["buildah", "--root", f"{store}/root", "--runroot", f"{store}/run", "--storage-driver", "overlay"]
+    name = BUILDAH
     try:
-        harness.run(["tar", "-C", world.rootfs, "-cf", store / "image.tar", "."])
-        container = harness.run([*words, "from", "scratch"]).stdout.decode().strip()
-        harness.run([*words, "add", container, store / "image.tar", "/"])
-        harness.run([*words, "commit", container, "bench"])
-        argv = [
-            *words, "build", "--quiet", "--layers", "--pull-never", "--isolation", "chroot", "--tag", "bench-image",
-            str(context),
-        ]  # fmt: skip
+        peers.buildah_image(world)
+        words = peers.buildah(world, "build", "--quiet", "--layers", "--pull-never", "--isolation", "chroot")
+        argv = [*words, "--tag", "bench-image", str(context)]
         harness.run(argv)
     except ValueError as error:
         return Absent(name, str(error))

@@ -5,6 +5,7 @@ round by round and their median is told: a comparison of two medians from differ
 minutes would compare the minutes.
 """
 
+import dataclasses
 import json
 import os
 import platform
@@ -15,8 +16,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-Sample = Mapping[str, float]  # figure -> seconds (or bytes, where the figure says so)
+Sample = Mapping[str, float]  # figure -> seconds, or what the figure's name says (MB, per second)
 
 
 @dataclass(frozen=True)
@@ -147,19 +149,31 @@ def machine() -> dict[str, str]:
     }
 
 
-def save(path: Path, groups: Sequence[Group], goals: Sequence[Mapping[str, object]]) -> None:
+@dataclass
+class Section:
+    """What one part of the benchmark measured, on which machine, and what stopped it, if anything did."""
+
+    name: str
+    groups: list[Group] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of benchmarks.network: a text and its figures
+    machine: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    failure: str | None = None
+
+
+def save(path: Path, sections: Mapping[str, Section]) -> None:
     """Write everything that was measured as JSON."""
-    content = {
-        "machine": machine(),
-        "groups": [
-            {
-                "title": group.title,
-                "rounds": group.rounds,
-                "samples": group.samples,
-                "absent": {gone.name: gone.reason for gone in group.absent},
-            }
-            for group in groups
-        ],
-        "goals": list(goals),
-    }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    path.write_text(json.dumps([dataclasses.asdict(section) for section in sections.values()], indent=1) + "\n")
+
+
+def load(path: Path) -> dict[str, Section]:
+    """Return what :func:`save` wrote; no file, or one of an earlier version, is nothing."""
+    try:
+        return {raw["name"]: _section(raw) for raw in json.loads(path.read_text())}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _section(raw: dict[str, Any]) -> Section:
+    groups = [Group(**{**group, "absent": [Absent(**gone) for gone in group["absent"]]}) for group in raw["groups"]]
+    return Section(**{**raw, "groups": groups})

@@ -24,7 +24,9 @@ bases:
     files: {{{stamp}: {scratch}/stamp}}
 tenants:
   bench: {{package: {scratch}/packages/bench}}
+  warm: {{package: {scratch}/packages/bench, warm: 1}}
 """
+LAYER = "#!/bin/sh\necho layer > /etc/bench\n"  # the same for all: one layer
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,17 @@ class World:
         """Return the command that runs a module of the project."""
         return [sys.executable, "-m", module, *words]
 
+    def command(self, *words: str) -> list[str | Path]:
+        """Return the isochamber command, as an operator calls it."""
+        return [Path(sys.executable).parent / "isochamber", *words]
+
+    def add_package(self, name: str, init: str) -> None:
+        """Drop a package that runs ``init`` over the layer that the world's first tenant has; doit() configures it."""
+        write_package(self.root / "new_tenants" / name, init, {}, LAYER)
+
     def doit(self, *words: str) -> None:
         """Run the task graph; raises ValueError when it fails."""
-        harness.run(self.python("isochamber.tasks", *words), env=self.environment)
+        harness.run(self.python("isochamber.tasks", *words), env=self.environment, timeout=3600)
 
     def directory(self, name: str) -> Path:
         """Make a directory of the scratch directory."""
@@ -77,8 +87,8 @@ def write_package(directory: Path, init: str, progs: dict[str, str], script: str
 
 
 @contextmanager
-def make() -> Iterator[World]:
-    """Build the world, once a benchmark; removed at the end."""
+def make(master: World | None = None) -> Iterator[World]:
+    """Build a world, removed at the end; the base is taken from ``master`` where there is one."""
     scratch = Path(tempfile.mkdtemp(prefix="isochamber-bench-", dir="/var/tmp"))
     run = Path(tempfile.mkdtemp(prefix="isochamber-bench-", dir="/run"))
     environment = {
@@ -90,11 +100,14 @@ def make() -> Iterator[World]:
     try:
         for name in ("stamp", "floor"):
             harness.run(["gcc", "-O2", "-static", "-o", scratch / name, PROGRAMS / f"{name}.c"])
-        write_package(scratch / "packages" / "bench", STAMP, {}, "#!/bin/sh\necho layer > /etc/bench\n")
+        write_package(scratch / "packages" / "bench", STAMP, {}, LAYER)
         ipc = world.directory("ipc")
         text = _TENANTS.format(root=world.root, scratch=scratch, stamp=STAMP, ipc=ipc)
         (scratch / "tenants.yaml").write_text(text)
-        world.doit("configure:bench")
+        if master is not None:
+            world.directory("state")
+            harness.run(["cp", "-al", master.root / "base_fs", world.root / "base_fs"])
+        world.doit()
         yield world
     finally:
         unmount_below(run)

@@ -68,4 +68,6 @@ def check_tasks(project: Path) -> Iterator[dict[str, Any]]:
     yield {"basename": "test", "doc": "lint, types, import contracts, tests", "actions": None, "task_dep": former}
     for name, doc, argv in _LONG:
         yield _task(project, f"test:{name}", doc, argv)
-    yield _task(project, "benchmark", "against the tools one would use otherwise", ("python", "-m", "benchmarks"))
+    yield _task(
+        project, "benchmark", "against the tools one would use otherwise", ("python", "-m", "benchmarks", "--write")
+    )
