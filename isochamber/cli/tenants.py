@@ -79,6 +79,7 @@ def show(arguments: argparse.Namespace) -> int:
 
     common.say(f"{'landlock':<11} {landlock.described()}")
     _show_limits(entry, str(common.root_of(arguments)))
+    _show_fences(entry)
     common.say(f"{'status':<11} {_row(entry)['status']}")
     return 0
 
@@ -94,6 +95,27 @@ def _show_limits(entry: dict[str, Any], root: str) -> None:
         common.say(f"{'limit':<11} {printable(text)}")
         if problem is not None:
             common.say(f"{'warning':<11} {printable(text.split()[0])} is not in force: {printable(problem)}")
+
+
+def _show_fences(entry: dict[str, Any]) -> None:
+    """Say what fences the devices, and what of the host a tenant could still reach by crashing or is not told of."""
+    from isochamber.launch import cgroup, devicegroup, records, rlimits  # noqa: PLC0415
+
+    groups = cgroup.groups_of(entry["tid"], [devicegroup.CONTROLLER], cgroup.trees())
+    runs = records.running(entry["tid"]) is not None
+    fence = devicegroup.in_force(groups) if runs else devicegroup.expected(groups)
+    if fence is None:
+        common.say(f"{'warning':<11} devices: no control group fences them; only the granted ones lie in its /dev")
+    else:
+        common.say(f"{'devices by':<11} {printable(fence)}")
+    handler = rlimits.core_handler()
+    if handler is not None:
+        common.say(f"{'warning':<11} core dumps: kernel.core_pattern starts {printable(handler)} as the host's root")
+    if entry["seccomp"]["mode"] == "notify":
+        common.say(
+            f"{'warning':<11} seccomp: under isochamber serve nobody listens: a call outside the list answers ENOSYS, "
+            "unreported; use errno there"
+        )
 
 
 def delete(arguments: argparse.Namespace) -> int:

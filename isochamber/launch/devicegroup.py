@@ -60,6 +60,13 @@ def apply(groups: Groups, allowed: list[Rule]) -> None:
         ) from error
 
 
+def expected(groups: Groups) -> str | None:
+    """Return what :func:`apply` would use for a tenant that does not run, for people; None where there is nothing."""
+    if groups.v1.get(CONTROLLER) is None and groups.v2 is not None:
+        return f"a BPF program on {groups.v2}, where the kernel has such (CONFIG_CGROUP_BPF)"
+    return in_force(groups)
+
+
 def in_force(groups: Groups) -> str | None:
     """Return what fences the devices of a tenant that runs in ``groups``, for people; None where nothing does."""
     if CONTROLLER in groups.v1:

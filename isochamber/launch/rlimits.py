@@ -7,6 +7,20 @@ import resource
 from isochamber.errors import IsochamberError
 
 
+def core_handler() -> str | None:
+    """Return the program of the host that core dumps are piped to, None where they go to files.
+
+    A limit of 1 byte, which tenants have, keeps it from being started, and one of 0 does not
+    (core(5)). So who means to lowers it, and the host's root reads what the tenant wrote.
+    """
+    try:
+        with open("/proc/sys/kernel/core_pattern", encoding="utf-8", errors="surrogateescape") as file:
+            pattern = file.read().strip()
+    except OSError:
+        return None
+    return pattern[1:].split(" ")[0] if pattern.startswith("|") else None
+
+
 def apply(limits: dict[str, int]) -> None:
     """Set each ``RLIMIT_<name>``, soft and hard alike; raises IsochamberError for an unknown name, OSError."""
     for name, value in limits.items():
