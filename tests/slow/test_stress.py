@@ -22,6 +22,9 @@ SECONDS = 15
 STRESSORS = [
     "--cpu", "2", "--vm", "2", "--vm-bytes", "100m", "--fork", "2", "--io", "2", "--inotify", "1", "--sock", "1",
     "--hdd", "1", "--hdd-bytes", "16m",
+    # Of the class os, those that take only seconds to come and go.
+    "--dup", "1", "--eventfd", "1", "--fault", "1", "--futex", "1", "--get", "1", "--mmap", "1", "--pipe", "1",
+    "--poll", "1", "--sem", "1", "--switch", "1", "--timer", "1", "--utime", "1",
 ]  # fmt: skip
 
 
@@ -51,9 +54,10 @@ def test_the_host_answers_while_a_tenant_is_under_stress_and_all_is_freed(tenant
         assert started.launcher.poll() is None
         assert len(tenant.processes()) <= 200
     before, meanwhile = statistics.median(quiet) * 1e3, statistics.median(busy) * 1e3
-    # Told and not judged: what else runs on this machine counts too.
-    sys.stdout.write(f"median of the host: {before:.2f} ms quiet, {meanwhile:.2f} ms under stress\n")
+    ratio = meanwhile / before
+    sys.stdout.write(f"median of the host: {before:.2f} ms quiet, {meanwhile:.2f} ms under stress: {ratio:.2f} times\n")
     assert "dispatching hogs" in (tenant.home / "log").read_text()
+    assert ratio <= 2, "the promise; what else runs on this machine counts too"
     assert tenant.processes() == []
     assert groups.everywhere(tenant) == []
     assert not any(str(tenant.directory) in line for line in Path("/proc/self/mountinfo").read_text().splitlines())
