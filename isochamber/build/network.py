@@ -15,6 +15,7 @@ from isochamber.spec.model import Network, Subnets
 
 _PORT_NAME_MAX = 15  # IFNAMSIZ without its NUL
 _FIRST_HOST = 2  # after the network's own address and the gateway
+_LAYOUT = 2  # of what isochamber.net makes of a net object: another one is made anew
 BUILDS = 32_768  # an install script runs beside its tenant and has an address of its own
 
 
@@ -53,7 +54,7 @@ def make(
         if network.allowance is None
         else {"bytes": network.allowance.size, "per": network.allowance.per, "slow": network.allowance.slow},
     }
-    net["digest"] = hashlib.sha256(json.dumps(net, sort_keys=True).encode()).hexdigest()[:40]
+    net["digest"] = hashlib.sha256(json.dumps([_LAYOUT, net], sort_keys=True).encode()).hexdigest()[:40]
     return net
 
 

@@ -5,18 +5,20 @@ in an empty network namespace and listed there, so that both sides of the compar
 were written by the same nft.
 """
 
+import contextlib
 import hashlib
 import ipaddress
 import json
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from isochamber.build.network import BUILDS
 from isochamber.errors import IsochamberError
 from isochamber.net import host, rules
+from isochamber.net.nfnetlink import Questions
 from isochamber.net.plan import Member, Plan, Site
 
 _PUBLISHED = ("published4", "published6", "published_at4", "published_at6")
@@ -80,8 +82,20 @@ def _signed(site: Site, between: Iterable[str]) -> str:
 
 def shared_is_there(site: Site) -> bool:
     """Say whether both tables are there, made from this version's text for this site."""
-    found = {(item["table"]["family"], item["table"]["name"]) for item in _list("tables") or [] if "table" in item}
-    return {("inet", site.table), ("bridge", site.table), ("inet", _stamp_table(site))} <= found
+    tables = (("inet", site.table), ("bridge", site.table), ("inet", _stamp_table(site)))
+    with _questions() as ask:
+        return all(ask.has_table(family, name) for family, name in tables)
+
+
+@contextlib.contextmanager
+def _questions() -> Iterator[Questions]:
+    try:
+        with Questions() as ask:
+            yield ask
+    except OSError as error:
+        raise IsochamberError.from_os(
+            error, stage="net", hint="run as root; does this kernel have nftables?"
+        ) from error
 
 
 def _stamp_table(site: Site) -> str:
@@ -126,10 +140,12 @@ def put(site: Site, member: Member, facts: Facts, *, known: bool = True) -> None
 
     ``known``: it was here before, maybe with other ports. Raises IsochamberError.
     """
-    if known and rules.stamp(site, member, facts.resolvers) in _comments(site, member):
-        return
+    used = None
+    with _questions() as ask:
+        if known and _is_there(ask, site, member, rules.stamp(site, member, facts.resolvers)):
+            return
+        used = ask.used("inet", site.table, f"allowance-{member.number}") if known else None
     # nft reads the whole table for a list: who is new is spared that, so that one more costs little among many.
-    used = quotas(site, member).get(member.number) if known else None
     # Fails where the shared rules are gone or were made from another text; then nothing at all is changed.
     text = "".join(f"flush set {family} {site.table} signed-by-{stamp(site)}\n" for family in ("inet", "bridge"))
     text += rules.drop_stale_ports(site, member, _published(site)) if known else ""
@@ -139,10 +155,11 @@ def put(site: Site, member: Member, facts: Facts, *, known: bool = True) -> None
     _apply(text, member.name)
 
 
-def _comments(site: Site, member: Member) -> set[str]:
-    """Return the comments in the tenant's first chain; none when it is not there."""
-    listed = _list(f"chain inet {site.table} out-{member.number}") or []
-    return {item["rule"].get("comment", "") for item in listed if "rule" in item}
+def _is_there(ask: Questions, site: Site, member: Member, stamp: str) -> bool:
+    """Say whether the tenant's first chain is of this stamp, and all that leads to its chains is there."""
+    return stamp in ask.comments("inet", site.table, f"out-{member.number}") and all(
+        ask.has_element(family, site.table, name, key) for family, name, key in rules.keys(member)
+    )
 
 
 def remove(site: Site, member: Member) -> None:
@@ -168,13 +185,10 @@ def _published(site: Site) -> list[tuple[str, str, str]]:
     return found
 
 
-def quotas(site: Site, member: Member | None = None) -> dict[str, int]:
-    """Return bytes counted by tenant number (of ``member`` only, if given); what is not there is left out."""
-    which = (
-        f"quotas table inet {site.table}" if member is None else (f"quota inet {site.table} allowance-{member.number}")
-    )
+def quotas(site: Site) -> dict[str, int]:
+    """Return bytes counted by tenant number; what is not there is left out."""
     found = {}
-    for item in _list(which) or []:
+    for item in _list(f"quotas table inet {site.table}") or []:
         quota = item.get("quota")
         if quota is not None and quota["table"] == site.table:
             found[quota["name"].removeprefix("allowance-")] = int(quota.get("used", 0))

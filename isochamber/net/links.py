@@ -226,7 +226,7 @@ def _fill(site: Site, member: Member, net: int, about: Host) -> None:
         for gateway in (site.gateway4.ip, *([site.gateway6.ip] if about.ipv6 else [])):
             family = _family(gateway)
             inside.neigh(
-                "replace", ifindex=index, dst=str(gateway), lladdr=site.mac, state=_NUD_PERMANENT, family=family
+                "replace", ifindex=index, dst=str(gateway), lladdr=site.door, state=_NUD_PERMANENT, family=family
             )
             inside.route("replace", dst="default", gateway=str(gateway), oif=index, flags=_RTNH_F_ONLINK, family=family)
 
@@ -260,7 +260,13 @@ def inside_matches(site: Site, member: Member, net: int, about: Host) -> bool:
         wanted: Mapping[str, str] = {str(member.ipv4): str(site.gateway4.ip)}
         if about.ipv6:
             wanted = {**wanted, str(member.ipv6): str(site.gateway6.ip)}
-        return addresses == set(wanted) and ways == set(wanted.values())
+        doors = {
+            neighbour.get_attr("NDA_DST"): neighbour.get_attr("NDA_LLADDR")
+            for neighbour in inside.get_neighbours(ifindex=link.index)
+            if neighbour["state"] & _NUD_PERMANENT
+        }
+        through = dict.fromkeys(wanted.values(), site.door)
+        return addresses == set(wanted) and ways == set(wanted.values()) and through.items() <= doors.items()
 
 
 def remove_port(netlink: Any, site: Site, port: str, addresses: tuple[str, ...] = ()) -> None:

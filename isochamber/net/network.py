@@ -276,12 +276,18 @@ class Network:
     # Counting.
 
     def account(self) -> list[str]:
-        """Write down what was used, begin new periods, resolve granted names anew; returns warnings."""
+        """Write down what was used, begin new periods, resolve granted names anew; returns warnings.
+
+        Rules that somebody flushed are put in again: without them no tenant reaches anything.
+        """
         said: list[str] = []
         with self._locked():
             wanted = self.plan()
             if wanted.site is None:
                 return said
+            if links.find(self.netlink, wanted.site.bridge) and not firewall.shared_is_there(wanted.site):
+                firewall.rebuild(wanted, self._forwarding_is_new(wanted.site), self.facts)
+                said.append("net: the nftables tables were gone, and are there again")
             counted = firewall.quotas(wanted.site)
             for member in wanted.members.values():
                 if member.allowance is not None and member.number in counted:

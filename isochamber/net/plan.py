@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from isochamber.build.network import mac
 from isochamber.errors import IsochamberError
 from isochamber.spec.model import Allowance, Egress, Port, Rate
 
@@ -20,7 +21,8 @@ class Site:
     """What all tenants of a state directory share."""
 
     bridge: str
-    mac: str
+    mac: str  # of the bridge
+    door: str  # what tenants send to: nobody's, until our rules let a frame through to the bridge
     gateway4: ipaddress.IPv4Interface
     gateway6: ipaddress.IPv6Interface
 
@@ -113,6 +115,7 @@ def site(net: Mapping[str, Any]) -> Site:
     return Site(
         net["bridge"],
         net["gateway_mac"],
+        mac(f"door {net['gateway_mac']}"),
         ipaddress.IPv4Interface(net["gateway4"]),
         ipaddress.IPv6Interface(net["gateway6"]),
     )

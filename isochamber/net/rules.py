@@ -1,8 +1,10 @@
 """The rule set as text for ``nft -f``: pure, so that it can be read, compared and tested without a kernel.
 
-Two tables of our own. ``bridge`` looks at every frame of our ports: only the
-bridge's MAC as destination, only the port's own source addresses, no ARP, no
-neighbour discovery, no router advertisement. ``inet`` decides where packets may go:
+Two tables of our own. ``bridge`` looks at every frame of our ports: only the door's
+MAC as destination, only the port's own source addresses, no ARP, no neighbour
+discovery, no router advertisement. The door is nobody's: only this table turns it
+into the bridge, so that without the table (somebody's ``nft flush ruleset``) a tenant
+reaches nothing. ``inet`` decides where packets may go:
 per tenant chains out-N (what it opens), via-N (what it opens by the host's published
 ports), in-N (what is opened to it), kept-N (what was open already) and meter-N (its allowance), found by its address
 in a map. Adding one of 1,000 tenants adds elements and its own chains; the shared
@@ -13,6 +15,8 @@ Everything a tenant sends is refused unless something here accepts it.
 
 import hashlib
 import ipaddress
+import socket
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 
 from isochamber.net.plan import Member, Site
@@ -71,8 +75,8 @@ table inet {table} {{
 
     chain early {{
         type filter hook prerouting priority raw; policy accept;
-        iifname "{bridge}" ip daddr 127.0.0.0/8 drop
-        iifname "{bridge}" ip6 daddr ::1 drop
+        ip daddr 127.0.0.0/8 iifname "{bridge}" drop
+        ip6 daddr ::1 iifname "{bridge}" drop
     }}
     chain publish {{
         type nat hook prerouting priority dstnat; policy accept;
@@ -108,25 +112,31 @@ table inet {table} {{
     }}
     chain forward {{
         type filter hook forward priority filter; policy accept;
-        iifname "{bridge}" oifname != "{bridge}" ip saddr vmap @meter4
-        iifname "{bridge}" oifname != "{bridge}" ip6 saddr vmap @meter6
-        iifname != "{bridge}" oifname "{bridge}" ip daddr vmap @meter4
-        iifname != "{bridge}" oifname "{bridge}" ip6 daddr vmap @meter6
         iifname "{bridge}" goto from_tenant
         oifname "{bridge}" goto to_tenant
         iifname @between oifname @between drop
     }}
     chain from_tenant {{
+        oifname != "{bridge}" jump sent
+        ct state established,related jump kept
         ct state invalid drop
         ip daddr @never4 goto refuse
         ip6 daddr @never6 goto refuse
-        ct state established,related ip saddr vmap @kept4
-        ct state established,related ip6 saddr vmap @kept6
         ip saddr vmap @out4
         ip6 saddr vmap @out6
         goto refuse
     }}
+    chain sent {{
+        ip saddr vmap @meter4
+        ip6 saddr vmap @meter6
+    }}
+    chain kept {{
+        ip saddr vmap @kept4
+        ip6 saddr vmap @kept6
+    }}
     chain to_tenant {{
+        ip daddr vmap @meter4
+        ip6 daddr vmap @meter6
         ct state established,related accept
         ct status dnat ip daddr vmap @in4
         ct status dnat ip6 daddr vmap @in6
@@ -147,13 +157,16 @@ table bridge {table} {{
         iifname "{site.ports}*" goto port
     }}
     chain port {{
-        ether daddr != {site.mac} drop
+        ether daddr != {site.door} drop
         ip daddr 127.0.0.0/8 drop
-        iifname . ether saddr . ip saddr @pairs4 accept
+        iifname . ether saddr . ip saddr @pairs4 goto door
         icmpv6 type {{ mld-listener-query, mld-listener-report, mld-listener-done, nd-router-solicit, \
 nd-router-advert, nd-neighbor-solicit, nd-neighbor-advert, nd-redirect, mld2-listener-report }} drop
-        iifname . ether saddr . ip6 saddr @pairs6 accept
+        iifname . ether saddr . ip6 saddr @pairs6 goto door
         drop
+    }}
+    chain door {{
+        ether daddr set {site.mac} meta pkttype set host accept
     }}
 }}
 """
@@ -188,7 +201,16 @@ def stamp(site: Site, member: Member, resolvers: tuple[str, ...]) -> str:
 
 def generation(member: Member) -> str:
     """Return what marks the connections of this very grant: one that was open under another is judged anew."""
-    grant = (member.egress_all, member.egress_dns, member.egress, member.dns, member.peers, member.ports)
+    grant = (
+        NEVER4,
+        NEVER6,
+        member.egress_all,
+        member.egress_dns,
+        member.egress,
+        member.dns,
+        member.peers,
+        member.ports,
+    )
     return "0x" + hashlib.sha256(f"{member.tid} {grant!r}".encode()).hexdigest()[:8]
 
 
@@ -224,6 +246,24 @@ def _elements(verb: str, site: Site, member: Member) -> Iterator[str]:
             yield f"{verb} element {table} {chain}{version} {{ {address} : {jump} {chain}-{number} }}"
         yield f"{verb} element {table} hairpin{version} {{ {address} . {address} }}"
         yield f'{verb} element bridge {site.table} pairs{version} {{ "{member.port}" . {member.mac} . {address} }}'
+
+
+def keys(member: Member) -> Iterator[tuple[str, str, bytes]]:
+    """Yield (family, map or set, key as the kernel holds it) of every element of ``member`` in the shared ones."""
+    for version, address in ((4, member.ipv4), (6, member.ipv6)):
+        for chain in ("out", "via", "in", "kept", "meter"):
+            yield "inet", f"{chain}{version}", address.packed
+        yield "inet", f"hairpin{version}", address.packed * 2
+        mac = bytes.fromhex(member.mac.replace(":", "")) + bytes(2)
+        yield "bridge", f"pairs{version}", member.port.encode().ljust(16, b"\0") + mac + address.packed
+    for port in member.ports:
+        number = socket.IPPROTO_TCP if port.protocol == "tcp" else socket.IPPROTO_UDP
+        service = struct.pack(">B3xH2x", number, port.host)
+        if port.address is None:
+            yield from (("inet", f"published{version}", service) for version in (4, 6))
+        else:
+            at = ipaddress.ip_address(port.address)
+            yield "inet", f"published_at{at.version}", at.packed + service
 
 
 def clear(site: Site, member: Member) -> str:

@@ -23,6 +23,7 @@ _CHECKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 _LONG: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("slow", "pytest: the tests that take minutes", ("pytest", "-m", "slow")),
+    ("net", "pytest: networks of tenants", ("pytest", "tests/net")),
     (
         "soak",
         "pytest: 20,000 starts under the supervisor, killed 50 times",

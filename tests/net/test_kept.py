@@ -12,7 +12,7 @@ from isochamber import paths
 from isochamber.build import registry
 from isochamber.errors import IsochamberError
 from isochamber.launch import pins
-from isochamber.net import firewall, host, links, names, rules
+from isochamber.net import firewall, host, links, names, nfnetlink, rules
 from isochamber.net.network import Network
 from tests.net import world as w
 from tests.net.world import World
@@ -65,6 +65,46 @@ def test_deleting_a_tenant_removes_all_of_it_and_the_last_one_the_rest(two: Worl
     assert "ic" + two.state.identifier[:7] not in _kernel(two)
 
 
+def test_a_second_apply_asks_the_kernel_only_of_what_is_the_tenants_and_starts_no_nft(
+    two: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+    whole = firewall._nft
+
+    def noted(*words: str, text: str = "") -> "subprocess.CompletedProcess[str]":
+        asked.append(words)
+        return whole(*words, text=text)
+
+    monkeypatch.setattr(firewall, "_nft", noted)
+    two.apply()
+    assert asked == []
+    for element in ("via6", "hairpin4", "meter4", "published4"):
+        key = {"hairpin4": "{0} . {0}", "published4": "tcp . 8080"}.get(element, "{0}")
+        address = two.entries["a"]["net"]["ipv6" if element.endswith("6") else "ipv4"]
+        w.nft("delete", "element", "inet", w.site_of(two).table, element, "{", key.format(address), "}")
+        assert two.differences() != {}
+        two.apply("a")  # which finds a single element that is missing
+        assert two.differences() == {}
+    assert asked != []
+
+
+def test_single_questions_are_answered_as_nft_answers_them(two: World) -> None:
+    site, member = w.site_of(two), two.member("a")
+    with nfnetlink.Questions() as ask:
+        assert ask.has_table("inet", site.table) and not ask.has_table("bridge", "nobodys")
+        (comment,) = ask.comments("inet", site.table, f"out-{member.number}")
+        assert f'comment "{comment}"' in w.nft("list", "chain", "inet", site.table, f"out-{member.number}")
+        assert ask.comments("inet", site.table, "from_tenant") == ask.comments("inet", "nobodys", "x") == []
+        assert all(ask.has_element(family, site.table, name, key) for family, name, key in rules.keys(member))
+        assert not ask.has_element("inet", site.table, "out4", bytes([192, 0, 2, 1]))
+        _reaches(two, "a")
+        used = ask.used("inet", site.table, f"allowance-{member.number}")
+        assert used and used == firewall.quotas(site)[member.number]
+        assert ask.used("inet", site.table, "allowance-0") is None
+        with pytest.raises(OSError, match="Invalid argument"):
+            ask.has_element("inet", site.table, "out4", bytes(3))
+
+
 DAMAGE: dict[str, Callable[[World], object]] = {
     "flushed nftables": lambda world: w.nft("flush", "ruleset"),
     "a deleted table": lambda world: w.nft("delete", "table", "bridge", w.site_of(world).table),
@@ -83,6 +123,7 @@ DAMAGE: dict[str, Callable[[World], object]] = {
     ),
     "a removed link": lambda world: w.ip("link", "del", world.member("a").port),
     "a link that is down": lambda world: w.ip("link", "set", world.member("a").port, "down"),
+    "another neighbour inside": lambda world: w.open_the_door(world, "a"),
     "a removed bridge": lambda world: w.ip("link", "del", world.entries["a"]["net"]["bridge"]),
     "a link of nobody's": lambda world: w.ip(
         "link", "add", f"{world.entries['a']['net']['bridge']}-9", "type", "veth", "peer", "name", "nobodys"
@@ -106,6 +147,61 @@ def test_damage_is_noticed_and_repaired(two: World, damage: str) -> None:
     for name in ("a", "b"):
         assert _reaches(two, name)
     assert damage == "flushed nftables" or "somebodys" in w.nft("list", "tables")
+
+
+CLOSES: dict[str, Callable[[World], object]] = {
+    "a flush of all": lambda _: w.nft("flush", "ruleset"),
+    "the bridge family flushed": lambda _: w.nft("flush", "ruleset", "bridge"),
+    "the bridge table deleted": lambda world: w.nft("delete", "table", "bridge", w.site_of(world).table),
+}
+
+
+@pytest.mark.parametrize("damage", CLOSES)
+def test_without_our_rules_a_tenant_that_runs_reaches_nothing_until_they_are_back(two: World, damage: str) -> None:
+    two.serve("b")
+    own = two.entries["a"]["net"]
+    targets = {
+        "host": (w.HOST4, w.HOST6, str(w.site_of(two).gateway4.ip)),
+        "outside": (w.OUTSIDE4, w.OUTSIDE6),
+        "b": (two.entries["b"]["net"]["ipv4"],),
+    }
+    w.ip("route", "add", "10.77.0.0/16", "via", w.HOST4, namespace=two.outside)  # the way back that masquerade was
+
+    def reached() -> list[tuple[str, str, str]]:
+        return [
+            (name, address, kind)
+            for name, addresses in targets.items()
+            for address in addresses
+            for kind, probe in w.PROBES.items()
+            if probe(address, wait=w.SILENCE / 2) not in ("silence", "EHOSTUNREACH", "EACCES", "ENETUNREACH")
+        ]
+
+    with two.namespace_of("a") as net, host.namespace(net):
+        talk = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with talk:
+        talk.connect((w.OUTSIDE4, w.PORT))
+        talk.settimeout(w.DEADLINE)
+        talk.send(b"hello")
+        assert talk.recv(2048)
+        CLOSES[damage](two)
+        talk.settimeout(w.SILENCE)
+        talk.send(b"hello")
+        with pytest.raises(TimeoutError):  # what was open is closed too
+            talk.recv(2048)
+    assert two.inside("a", reached) == []
+    before = len(two.servers.seen)
+    two.inside("a", lambda: [w.udp(at, wait=w.SILENCE / 2) for at in (w.HOST4, w.HOST6)])
+    assert not [peer for _, peer in two.servers.seen[before:] if peer in (own["ipv4"], own["ipv6"])]
+    w.open_the_door(two, "a")  # the control: this is what closed it
+    assert _reaches(two, "a")
+    with Network(two.state) as net_of:
+        (said,) = net_of.account()  # as the timer calls it
+        assert "were gone" in said
+        assert net_of.account() == []
+        assert net_of.repair() == ["a"]  # the door that was opened
+    assert two.differences() == {}
+    assert _reaches(two, "a")
+    assert two.inside("a", lambda: w.tcp(w.HOST4, wait=w.SILENCE)) in ("EHOSTUNREACH", "EACCES", "silence")
 
 
 @pytest.mark.parametrize(

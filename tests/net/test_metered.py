@@ -69,6 +69,29 @@ def test_a_rate_is_kept_both_ways(world: World, down: bool) -> None:
     assert rate * 0.3 < got < rate * 1.1
 
 
+def test_two_tenants_with_the_same_rate_come_off_alike_when_both_are_busy(world: World) -> None:
+    for name in ("a", "b"):
+        world.tenant(name, egress="all", rate={"up": "2mbit", "down": "2mbit"})
+    world.apply()
+    got: dict[str, int] = {}
+
+    def flood(name: str) -> None:
+        _send(world, name, 400_000)
+
+    with w.frames_of(world.outside, "up1") as came:
+        threads = [threading.Thread(target=flood, args=(name,)) for name in ("a", "b")]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        # Masqueraded they have one address: told apart by their ports, one socket a tenant.
+        for frame in came(1.0):
+            if frame[12:14] == b"\x08\x00" and frame[23] == socket.IPPROTO_UDP and len(frame) > 900:
+                got[frame[34:36].hex()] = got.get(frame[34:36].hex(), 0) + len(frame)
+    assert len(got) == 2
+    assert min(got.values()) > max(got.values()) / 2, got
+
+
 def test_the_shapers_are_as_planned_at_both_ends_and_not_the_tenants_to_change(world: World) -> None:
     world.tenant("a", egress="all", rate={"up": "256kbit", "down": "100mbit"})
     world.apply()

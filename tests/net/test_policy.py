@@ -1,5 +1,7 @@
 """Every cell of the policy: who reaches whom, by TCP, UDP and ICMP, over IPv4 and IPv6, tested by connecting."""
 
+import socket
+import struct
 from collections.abc import Iterator
 from typing import Any
 
@@ -94,9 +96,44 @@ def test_a_tenant_reaches_what_it_was_granted_and_nothing_else(
             assert "host" not in {name for name, peer in built.servers.seen if peer.startswith("10.77.")}
 
 
+def _crc32c(data: bytes) -> int:
+    """RFC 9260, appendix A."""
+    register = 0xFFFFFFFF
+    for byte in data:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (0x82F63B78 if register & 1 else 0)
+    return register ^ 0xFFFFFFFF
+
+
+def _sctp_init(token: bytes) -> bytes:
+    chunk = struct.pack(">BBH4sIHH4s", 1, 0, 20, token, 65536, 1, 1, token)
+    ports = struct.pack(">HHI", 5555, w.PORT, 0)
+    return ports + struct.pack("<I", _crc32c(ports + bytes(4) + chunk)) + chunk
+
+
+OTHERS = {"SCTP": (132, _sctp_init), "GRE": (47, lambda token: struct.pack(">HH", 0, 0x0800) + token)}
+
+
+@pytest.mark.parametrize("protocol", OTHERS)
+def test_another_protocol_passes_only_where_all_is_granted(built: World, protocol: str) -> None:
+    """Sent raw, with powers no tenant has; "open" is the control."""
+    number, packet = OTHERS[protocol]
+    for tenant, passes in (("open", True), ("listed", False), ("closed", False)):
+        token = f"!{tenant[:2]}!".encode()
+
+        def send(token: bytes = token) -> int:
+            with socket.socket(socket.AF_INET, socket.SOCK_RAW, number) as raw:
+                return raw.sendto(packet(token), (w.OUTSIDE4, 0))
+
+        with w.frames_of(built.outside, "up1") as came:
+            assert built.inside(tenant, send, powers=True)
+            assert any(token in frame for frame in came(w.SILENCE)) == passes, tenant
+
+
 @pytest.mark.parametrize("target", [target for target in TARGETS if target != "host loopback"])
 def test_every_target_answers_without_the_rules(unguarded: World, target: str) -> None:
-    """The control of the matrix: the same probes, the rules flushed."""
+    """The control of the matrix: the same probes, the rules flushed and the door opened."""
     for version in (4, 6):
         address, _ = _address(unguarded, "closed", target, version)
         got = _probe_all(unguarded, "closed", address, w.DEADLINE, None)
@@ -114,6 +151,7 @@ def unguarded(outer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         for name in ("friend", "onesided", "closed"):
             made.serve(name)
         w.nft("flush", "ruleset")
+        w.open_the_door(made, "open", "friend", "onesided", "closed")
         # Without the masquerade the internet needs a way back.
         w.ip("route", "add", "10.77.0.0/16", "via", w.HOST4, namespace=made.outside)
         w.ip("-6", "route", "add", "fd77:7777:7777::/64", "via", w.HOST6, namespace=made.outside)

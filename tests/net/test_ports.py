@@ -88,6 +88,7 @@ def test_a_port_on_127_0_0_1_is_the_hosts_alone_and_opens_no_way_to_its_loopback
     assert world.inside("b", _without_the_route, powers=True) == 0
     world.inside("b", lambda: w.udp("127.0.0.1", wait=w.SILENCE, device="eth0"))
     w.nft("delete", "table", "bridge", w.site_of(world).table)
+    w.open_the_door(world, "b")
     world.inside("b", lambda: w.udp("127.0.0.1", wait=w.SILENCE, device="eth0"))
     assert came not in world.servers.seen
     # The control: all three guards gone, and a datagram arrives. (An answer from 127.0.0.1 the tenant's kernel drops.)

@@ -9,6 +9,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -72,6 +73,7 @@ def _arp(sender_mac: str, sender: object, target_mac: str, target: object) -> by
     return words + _mac(sender_mac) + _packed(sender) + _mac(target_mac) + _packed(target) + TOKEN
 
 
+# The site that a forgery is told has the door as the bridge's MAC: but for what it forges, a frame is right.
 Forgery = Callable[[Site, Member, Member], bytes]
 UDP6 = struct.pack(">4H", 5555, w.PORT, 8 + len(TOKEN), 0x1234) + TOKEN
 
@@ -118,6 +120,10 @@ FORGERIES: dict[str, Forgery] = {
     "to the host's loopback": lambda site, me, _: _four(site, me.mac, me.ipv4, "127.0.0.1"),
     "to the victim's MAC": lambda _, me, it: _ethernet(it.mac, me.mac, 0x0800, _udp4(me.ipv4, it.ipv4)),
     "to everybody": lambda _, me, __: _ethernet(BROADCAST, me.mac, 0x0800, _udp4(me.ipv4, "255.255.255.255")),
+    "multicast DNS": lambda _, me, __: _ethernet("01:00:5e:00:00:fb", me.mac, 0x0800, _udp4(me.ipv4, "224.0.0.251")),
+    "multicast DNS by IPv6": lambda _, me, __: _ethernet(
+        "33:33:00:00:00:fb", me.mac, 0x86DD, _ipv6(me.ipv6, "ff02::fb", 17, UDP6)
+    ),
     "ARP: I am the gateway": lambda site, me, it: _arp_frame(BROADCAST, me, site.gateway4.ip, (it.mac, it.ipv4)),
     "ARP: I am the victim": lambda site, me, it: _arp_frame(site.mac, me, it.ipv4, (site.mac, site.gateway4.ip)),
     "ND: I am the gateway": lambda site, me, _: _answer(ALL_NODES, me, site.gateway6.ip, "ff02::1"),
@@ -150,13 +156,20 @@ def _seen(world: World, attacker: Member, victim: Member, frame: bytes, seconds:
 
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_a_forged_frame_passes_nowhere(two: World, forgery: str) -> None:
-    frame = FORGERIES[forgery](w.site_of(two), two.member("attacker"), two.member("victim"))
+    site = w.site_of(two)
+    frame = FORGERIES[forgery](replace(site, mac=site.door), two.member("attacker"), two.member("victim"))
     assert not _seen(two, two.member("attacker"), two.member("victim"), frame, w.SILENCE)
+
+
+def test_a_frame_to_the_bridge_itself_does_not_pass(two: World) -> None:
+    me = two.member("attacker")
+    frame = _ethernet(w.site_of(two).mac, me.mac, 0x0800, _udp4(me.ipv4, w.OUTSIDE4))
+    assert not _seen(two, me, two.member("victim"), frame, w.SILENCE)
 
 
 def test_an_honest_frame_passes(two: World) -> None:
     site, me = w.site_of(two), two.member("attacker")
-    frame = _ethernet(site.mac, me.mac, 0x0800, _udp4(me.ipv4, w.OUTSIDE4))
+    frame = _ethernet(site.door, me.mac, 0x0800, _udp4(me.ipv4, w.OUTSIDE4))
     assert _seen(two, me, two.member("victim"), frame, w.DEADLINE)
 
 
