@@ -47,7 +47,6 @@ def piped(tmp_path: Path) -> Iterator[Path]:
     PATTERN.write_text(former)
 
 
-@pytest.mark.guest
 def test_a_crash_starts_no_program_that_cores_are_piped_to(tenant: Tenant, piped: Path) -> None:
     assert rlimits.core_handler() == str(piped.parent / "handler")
     tenant.change(rlimits=_as_built())

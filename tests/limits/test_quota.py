@@ -85,9 +85,8 @@ def _project(world: World) -> int:
     return disk.project_of(str(world.root), world.entry("bounded")["tid"])
 
 
-@pytest.mark.guest
 def test_a_project_bounds_what_a_tenant_writes_and_is_not_left(state: Path) -> None:
-    """The same in short, for the second kernel at every run: without doit, which is slow there."""
+    """The same in short, without doit, which is slow on an emulated machine."""
     State(state).create()
     (product,) = (state / "base_fs").iterdir()
     tenant = Tenant(state, f"base_fs/{product.name}/rootfs", 1)
