@@ -102,7 +102,7 @@ def remove_contents(root: int) -> None:
     Directories found two levels down are renamed up to ``root`` first, so neither our
     stack, our descriptors nor PATH_MAX bound how deep the tree may be.
     """
-    while names := os.listdir(root):
+    while names := _names(root):
         for name in names:
             try:
                 os.unlink(name, dir_fd=root)
@@ -110,6 +110,12 @@ def remove_contents(root: int) -> None:
                 _remove_directory(root, name)
             except FileNotFoundError:
                 pass
+
+
+def _names(directory: int) -> list[str]:
+    """List an open directory as it is now: btrfs shows what it had when it was opened, or last sought."""
+    os.lseek(directory, 0, os.SEEK_SET)
+    return os.listdir(directory)
 
 
 def _remove_directory(root: int, name: str) -> None:

@@ -1,7 +1,9 @@
 """Writes of state: the former or the new, never a part; and nothing left behind by what failed."""
 
 import os
+import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,21 @@ def test_removing_renames_first_so_that_no_half_keeps_the_name(tmp_path: Path, m
     durable.remove_tree(tmp_path / left)
     assert list(tmp_path.iterdir()) == []
     durable.remove_tree(tmp_path / "product")  # nothing there is fine
+
+
+def test_a_deep_tree_is_removed_on_btrfs_where_a_directory_is_listed_as_it_was_opened(tmp_path: Path) -> None:
+    if shutil.which("mkfs.btrfs") is None:
+        pytest.skip("mkfs.btrfs is missing: apt-get install btrfs-progs")
+    image, disk = tmp_path / "image", tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["truncate", "-s", "128M", image], check=True)
+    subprocess.run(["mkfs.btrfs", "-q", image], check=True, capture_output=True)
+    done = subprocess.run(["mount", "-o", "loop", image, disk], check=False, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no btrfs, or no loop devices here: {done.stderr.strip()}")
+    try:
+        (disk / "tree/a/b/c/d/e").mkdir(parents=True)
+        durable.remove_tree(disk / "tree")
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", disk], check=True)
