@@ -34,6 +34,14 @@ class Parts:
     root: Path
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A machine that was stopped while it waited, from which others go on (see :mod:`tests.vm.warm`)."""
+
+    memory: Path
+    root: Path  # its root disk, with what it had written there
+
+
 @dataclass
 class Machine:
     """One virtual machine. As a context manager it boots, and is turned off at the end.
@@ -51,6 +59,8 @@ class Machine:
     memory: str = "2G"
     cpus: int = 2
     command_line: str = ""
+    saved: Saved | None = None  # it does not boot, but goes on from there
+    more: tuple[str, ...] = ()  # more words for the emulator
     boots: int = 0
     was_cut: bool = False
     _process: "subprocess.Popen[bytes] | None" = None
@@ -86,10 +96,15 @@ class Machine:
             "-device", "virtio-serial-pci",
             "-chardev", f"socket,id=agent,fd={channel}",
             "-device", "virtserialport,chardev=agent,name=isochamber.agent",
-            "-drive", f"if=none,id=root,format=raw,snapshot=on,cache=unsafe,file={self.parts.root}",
+            "-drive", f"if=none,id=root,cache=unsafe,{self._root()}",
             "-device", "virtio-blk-pci,drive=root",
             *self._data_words(),
+            *([] if self.saved is None else ["-incoming", f"exec:cat {self.saved.memory}"]),
+            *self.more,
         ]  # fmt: skip
+
+    def _root(self) -> str:
+        return f"format=raw,snapshot=on,file={self.parts.root if self.saved is None else self.saved.root}"
 
     def _data_words(self) -> list[str]:
         if self.data is None:
@@ -102,7 +117,7 @@ class Machine:
         return words
 
     def boot(self, deadline: float = BOOT) -> None:
-        """Turn it on, and wait until it takes commands; raises MachineError."""
+        """Turn it on, and wait until it takes commands; raises MachineError. A saved one waits for :meth:`say`."""
         assert self._process is None, "it is on"
         self.directory.mkdir(parents=True, exist_ok=True)
         (self.directory / "console").write_bytes(b"")
@@ -115,6 +130,8 @@ class Machine:
             )  # fmt: skip
         self.boots += 1
         self.was_cut = False
+        if self.saved is not None:
+            return
         try:
             message = self._message(time.monotonic() + deadline)
         except MachineError:
@@ -176,14 +193,21 @@ class Machine:
         """
         texts = {"out": [], "err": []} if said is None else said
         deadline = time.monotonic() + timeout
-        job = {"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "direct": direct}
-        self._send(json.dumps(job).encode() + b"\n")
+        self.say({"argv": list(argv), "env": dict(env or {}), "cwd": cwd, "direct": direct})
+        try:
+            yield from self.follow(deadline, texts)
+        except MachineError as error:
+            wrote = "".join(texts["out"] + texts["err"])[-_SHOWN:]
+            raise MachineError(f"{error}\nwhile it ran {argv}, which had written:\n{wrote}") from None
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Send one message to who reads the port inside; raises MachineError."""
+        self._send(json.dumps(message).encode() + b"\n")
+
+    def follow(self, deadline: float, texts: dict[str, list[str]]) -> Iterator[tuple[str, str]]:
+        """Yield what a command that runs writes, as :meth:`stream` does; raises MachineError."""
         while True:
-            try:
-                message = self._message(deadline)
-            except MachineError as error:
-                wrote = "".join(texts["out"] + texts["err"])[-_SHOWN:]
-                raise MachineError(f"{error}\nwhile it ran {argv}, which had written:\n{wrote}") from None
+            message = self._message(deadline)
             for kind in ("out", "err"):
                 if kind in message:
                     text = str(message[kind]).encode("latin-1").decode(errors="replace")

@@ -1,6 +1,8 @@
 """Cutting a machine's power again and again, and keeping account of what it had announced as done."""
 
+import base64
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -47,9 +49,15 @@ class Account:
 def _announcements(
     machine: Machine, seed: int, account: Account, *, sabotage: bool = False
 ) -> Iterator[dict[str, Any]]:
-    job = json.dumps({"seed": seed, "model": account.model, "at_work": account.at_work, "sabotage": sabotage})
+    job = {"seed": seed, "model": account.model, "at_work": account.at_work, "sabotage": sabotage}
     rest, errors = "", ""
-    for kind, text in machine.stream(*LIFE, job, timeout=CHECKED, direct=True):
+    if machine.saved is None:
+        said = machine.stream(*LIFE, json.dumps(job), timeout=CHECKED, direct=True)
+    else:
+        chance = base64.b64encode(os.urandom(64)).decode()
+        machine.say({**job, "now": time.time(), "random": chance, "data": machine.data_options})
+        said = machine.follow(time.monotonic() + CHECKED, {"out": [], "err": []})
+    for kind, text in said:
         if kind == "out":
             *lines, rest = (rest + text).split("\n")
             yield from (json.loads(line) for line in lines)

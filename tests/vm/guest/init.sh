@@ -19,7 +19,8 @@ ip link set lo up
 # Debian gives no user a performance counter (3, unknown upstream): here the filter alone is to refuse it.
 echo 2 >/proc/sys/kernel/perf_event_paranoid
 # The data disk, where there is one, keeps what a test wants to find again after a power cut.
-[ ! -b /dev/vdb ] || mount -t ext4 -o "$(sed -n 's/.*isochamber.data=\([^ ]*\).*/\1/p' /proc/cmdline)" /dev/vdb /srv ||
+data=$(sed -n 's/.*isochamber.data=\([^ ]*\).*/\1/p' /proc/cmdline)
+[ "$data" = later ] || [ ! -b /dev/vdb ] || mount -t ext4 -o "$data" /dev/vdb /srv ||
     echo "guest: the data disk is not to be mounted"
 python3 -I -S /opt/isochamber/tests/vm/guest/agent.py &
 agent=$!

@@ -1,6 +1,8 @@
 """Inside the guest, between two power cuts: checks what the last one left, then works until it is killed.
 
-Argument: JSON ``{"seed": n, "model": {tenant: facts or null}, "at_work": tenant or null}``.
+Argument: JSON ``{"seed": n, "model": {tenant: facts or null}, "at_work": tenant or null}``; or ``wait``:
+it says ``{"warm": 1}``, and reads the JSON from the host. In between the machine may have been saved, so the
+JSON then has ``now`` and ``random``: the time, and bytes for the kernel's generator.
 Writes one JSON object a line, straight to the host, which has it when the write
 returns: ``{"checked": {...}}`` or ``{"broken": [...]}``, then for each operation
 ``{"begin": kind, "name": tenant}`` and ``{"done": kind, "name": tenant, "facts": ...}``.
@@ -9,11 +11,15 @@ Facts are what must still be there after a cut: the entry of containers.json, wh
 was deployed to /home, and the number that the tenant itself wrote there and synced.
 """
 
+import base64
+import fcntl
 import json
 import os
 import random
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,7 @@ TENANTS = HERE / "tenants.yaml"
 ROOT = HERE / "state"
 NAMES = ("ada", "bob", "cem", "dai")
 Facts = dict[str, Any]
+_RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 
 _PORT = os.dup(1)  # to the host; what doit and others print goes where errors go
 os.dup2(2, 1)
@@ -215,9 +222,25 @@ def sabotage() -> None:
         setattr(module, name, lambda *_: None)
 
 
+def wait() -> dict[str, Any]:
+    """Say that everything is imported, read the job, and be as after a boot: with the time, and with chance."""
+    say(warm=1)
+    line = b""
+    while not line.endswith(b"\n"):
+        line += os.read(_PORT, 65536)
+    job: dict[str, Any] = json.loads(line)
+    time.clock_settime(time.CLOCK_REALTIME, job["now"])
+    chance = base64.b64decode(job["random"])
+    with open("/dev/urandom", "wb") as generator:
+        fcntl.ioctl(generator, _RNDADDENTROPY, struct.pack("ii", 8 * len(chance), len(chance)) + chance)
+        fcntl.ioctl(generator, _RNDRESEEDCRNG)
+    subprocess.run(["mount", "-t", "ext4", "-o", job["data"], "/dev/vdb", "/srv"], check=True)
+    return job
+
+
 def main() -> None:
     """Check, then work until the power is cut."""
-    job = json.loads(sys.argv[1])
+    job = wait() if sys.argv[1] == "wait" else json.loads(sys.argv[1])
     os.environ["ISOCHAMBER_TENANTS"] = str(TENANTS)
     broken = check(job["model"], job["at_work"])
     if broken:
