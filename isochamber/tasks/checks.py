@@ -36,7 +36,11 @@ _LONG: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "pytest: 100,000 hostile inputs to what reads packages and files",
         ("pytest", "-m", "fuzz", "-o", "faulthandler_timeout=0", "tests/fuzz"),
     ),
-    ("power", "pytest: hundreds of power cuts of a virtual machine", ("pytest", "-m", "power", "tests/vm")),
+    (
+        "power",
+        "pytest: hundreds of power cuts of a virtual machine, thousands of states of a recorded disk",
+        ("pytest", "-m", "power", "tests/vm"),
+    ),
 )
 
 

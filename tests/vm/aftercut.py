@@ -8,6 +8,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import select
 import shutil
@@ -264,7 +265,8 @@ def _converge(made: DiskWorld, step: Step) -> list[str]:
 class Found:
     """What was found in the states of a recording."""
 
-    states: int = 0
+    states: int = 0  # different images
+    judged: int = 0  # some of them twice: before and after something was announced without a write
     same: int = 0
     wrong: list[str] = field(default_factory=list)
 
@@ -291,6 +293,9 @@ def judge(recording: Recording, directory: Path, *, seed: int, count: int, at_on
             wrong = _result(status, place)
         except AssertionError as error:
             wrong = [str(error)]
+        found.judged += 1
+        if found.judged % 50 == 0:
+            logging.getLogger(__name__).info("%d states judged, %d wrong", found.judged, len(found.wrong))
         if wrong:
             wrong.append((place / "said").read_text(errors="replace")[-_SHOWN:])
             found.wrong.append(f"seed {seed}: {state}: {'; '.join(wrong)}")

@@ -75,7 +75,7 @@ def test_a_sample_of_the_states_of_a_disk_after_a_cut(memory: Path, capsys: pyte
 )
 def test_a_sync_that_is_left_out_is_caught(memory: Path, variant: str) -> None:
     recording = _recording(memory, "ext4", variant)
-    assert aftercut.judge(recording, memory, seed=SEED, count=400, until=1).wrong
+    assert aftercut.judge(recording, memory, seed=SEED, count=100, until=1).wrong
 
 
 @pytest.mark.power
