@@ -8,6 +8,7 @@ written after each section; a part that is measured again replaces its former fi
 
 import argparse
 import os
+import signal
 import sys
 import time
 import traceback
@@ -33,6 +34,7 @@ def main() -> int:
     for name in wanted:
         if name not in sections.ALL:
             parser.error(f"there is no section {name}, allowed: {', '.join(sections.ALL)}")
+    signal.signal(signal.SIGTERM, lambda _number, _frame: sys.exit(143))  # what was made is removed
     sizes = tuple(int(size) for size in arguments.sizes.split(","))
     settings = sections.Settings(arguments.rounds, sizes, small=arguments.small)
     known = harness.load(report.RESULT) if arguments.write else {}
@@ -57,9 +59,7 @@ def _run(name: str, settings: sections.Settings, master: world.World) -> Section
     try:
         with world.make(master) as made:
             sections.ALL[name](made, settings, section)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
+    except Exception as error:
         sys.stderr.write("".join(traceback.format_exception(error)))
         section.failure = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     section.seconds = time.monotonic() - begun
