@@ -29,7 +29,7 @@ def _starts(world: World, settings: Settings, section: Section) -> None:
 
 def _rates(world: World, settings: Settings, section: Section) -> None:
     counts = {"sequential": 10, "at_once": 20} if settings.small else {}
-    section.groups += rates.measure(world, settings.few(4), **counts)
+    section.groups += rates.measure(world, settings.few(7), **counts)
 
 
 def _graph(world: World, settings: Settings, section: Section) -> None:
@@ -37,7 +37,7 @@ def _graph(world: World, settings: Settings, section: Section) -> None:
 
 
 def _layers(world: World, settings: Settings, section: Section) -> None:
-    section.groups += layers.measure(world, settings.few(5), tenants=2 if settings.small else layers.TENANTS)
+    section.groups += layers.measure(world, settings.few(7), tenants=2 if settings.small else layers.TENANTS)
 
 
 def _idle(world: World, settings: Settings, section: Section) -> None:
