@@ -20,6 +20,9 @@ INSTALL = (
 )  # fmt: skip
 
 
+_highest: list[int] = []  # what was read once: a kernel does not learn new ones
+
+
 def mask(names: list[str] | tuple[str, ...]) -> int:
     """Return the bit mask of capability ``names`` (without CAP_); raises IsochamberError for an unknown one."""
     bits = 0
@@ -32,8 +35,10 @@ def mask(names: list[str] | tuple[str, ...]) -> int:
 
 def last() -> int:
     """Return the highest capability that this kernel knows; it may know more than we have names for."""
-    with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
-        return int(file.read())
+    if not _highest:
+        with open("/proc/sys/kernel/cap_last_cap", "rb") as file:
+            _highest.append(int(file.read()))
+    return _highest[0]
 
 
 def keep_only(kept: int, highest: int) -> None:

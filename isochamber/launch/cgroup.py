@@ -66,6 +66,24 @@ def trees() -> Trees:
     return Trees(v1, v2)
 
 
+class Remembered:
+    """:func:`trees` for who starts many tenants: looked at again only when a mount has come or gone."""
+
+    __slots__ = ("_file", "_found", "_poller")
+
+    def __init__(self) -> None:
+        self._file = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        self._poller = select.poll()
+        self._poller.register(self._file, select.POLLPRI)  # proc_pid_mounts(5): POLLPRI and POLLERR after a change
+        self._found: Trees | None = None
+
+    def trees(self) -> Trees:
+        """Return where the cgroup file systems are mounted now."""
+        if self._poller.poll(0) or self._found is None:
+            self._found = trees()
+        return self._found
+
+
 def _name(tid: str) -> str:
     return f"{paths.cgroup_parent()}/{tid}"
 
@@ -76,31 +94,28 @@ def groups_of(tid: str, controllers: Iterable[str], found: Trees) -> Groups:
     return Groups(v1, None if found.v2 is None else f"{found.v2}/{_name(tid)}")
 
 
-def make(tid: str, controllers: Iterable[str]) -> Groups:
+def make(tid: str, controllers: Iterable[str], found: Trees) -> Groups:
     """Make the tenant's groups, anew, for ``controllers`` wherever this machine has them. Raises IsochamberError.
 
     The caller holds the tenant's lock: who is in a group of that name was left behind, and is killed.
     """
-    found = trees()
     wanted = list(controllers)
     groups = groups_of(tid, wanted, found)
     group = None
     try:
         # Never one that was left behind: it may be frozen, and clone3 into one that was killed once kills the child
         # (seen on Linux 6.18). A former start may have used more controllers.
-        for tree in {*found.v1.values()}:
-            group = f"{tree}/{_name(tid)}"
+        used = {*groups.v1.values()}
+        for group in {f"{tree}/{_name(tid)}" for tree in found.v1.values()} - used:
             _remove_v1(group)
-        for group in {*groups.v1.values()}:
-            os.makedirs(group, 0o755)
+        for group in used:
+            _make_anew(group, _remove_v1)
         if found.v2 is not None and groups.v2 is not None:
             group = groups.v2
-            remove(group)
-            os.makedirs(os.path.dirname(group), 0o755, exist_ok=True)
             for controller in wanted:
                 if controller not in groups.v1:
                     _enable(groups, found.v2, controller)
-            os.mkdir(group, 0o755)
+            _make_anew(group, remove)
     except OSError as error:
         raise IsochamberError.from_os(
             error, stage="launch", path=group, hint="is the cgroup file system mounted read-only?"
@@ -108,9 +123,20 @@ def make(tid: str, controllers: Iterable[str]) -> Groups:
     return groups
 
 
+def _make_anew(group: str, remove_one: Remover) -> None:
+    try:
+        os.mkdir(group, 0o755)
+    except FileExistsError:
+        remove_one(group)
+        os.mkdir(group, 0o755)
+    except FileNotFoundError:
+        os.makedirs(group, 0o755)
+
+
 def _enable(groups: Groups, tree: str, controller: str) -> None:
     """Let the tenants' groups have a v2 controller: each level gives it to the next (cgroup-v2.rst, 2-4-1)."""
     parent = tree
+    os.makedirs(f"{tree}/{paths.cgroup_parent()}", 0o755, exist_ok=True)
     try:
         for level in [*paths.cgroup_parent().split("/"), ""]:
             if controller not in _read(parent, "cgroup.controllers").split():
@@ -122,9 +148,9 @@ def _enable(groups: Groups, tree: str, controller: str) -> None:
         groups.refused[controller] = error
 
 
-def enter(groups: Groups) -> None:
-    """Move this process into its v1 groups; clone3 put it into the v2 one. Raises OSError."""
-    for group in {*groups.v1.values()}:
+def enter(groups: Groups, *, v2: bool = False) -> None:
+    """Move this process into its v1 groups, and the v2 one where clone3 did not put it there. Raises OSError."""
+    for group in {*groups.v1.values(), *([groups.v2] if v2 and groups.v2 is not None else [])}:
         write(group, "cgroup.procs", "0")  # the writer itself
 
 
@@ -133,12 +159,13 @@ def _read(group: str, file: str) -> str:
         return content.read().decode()
 
 
-def write(group: str, file: str, text: str) -> None:
-    """Write ``text`` into one file of ``group``; raises OSError with its path."""
+def write(group: str, file: str, *texts: str) -> None:
+    """Write each of ``texts`` into one file of ``group``, in order; raises OSError with its path."""
     path = f"{group}/{file}"
     descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(descriptor, text.encode())
+        for text in texts:
+            os.write(descriptor, text.encode())
     except OSError as error:
         raise OSError(error.errno, error.strerror, path) from error
     finally:
@@ -181,6 +208,12 @@ def remove_all(groups: Groups) -> None:
 def remove(group: str) -> None:
     """Remove the v2 ``group`` and those below, killing whoever is in it; one that is gone is fine. Raises OSError."""
     try:
+        try:
+            os.rmdir(group)  # as a rule nobody is left, and there is nothing below
+            return
+        except OSError as error:
+            if error.errno not in (errno.EBUSY, errno.ENOTEMPTY):
+                raise
         _remove_below(group, remove)
         try:
             os.rmdir(group)
@@ -198,6 +231,7 @@ def _remove_v1(group: str) -> None:
     """Do the same with a v1 group, which has no kill of its own and nothing to wait on."""
     try:
         os.rmdir(group)
+        return
     except FileNotFoundError:
         return
     except OSError as error:

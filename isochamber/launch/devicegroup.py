@@ -49,9 +49,11 @@ def apply(groups: Groups, allowed: list[Rule]) -> None:
     try:
         if group is not None:
             cgroup.write(group, "devices.deny", "a")
-            for device, major, minor, access in allowed:
-                number = "*" if minor is None else minor
-                cgroup.write(group, "devices.allow", f"{device} {major}:{number} {access}")
+            texts = (
+                f"{device} {major}:{'*' if minor is None else minor} {access}"
+                for device, major, minor, access in allowed
+            )
+            cgroup.write(group, "devices.allow", *texts)
         elif groups.v2 is not None:
             syscalls.attach_device_program(groups.v2, program(allowed))
     except OSError as error:

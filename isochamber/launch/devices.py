@@ -38,10 +38,11 @@ def make(root: int, owner: int, shm: int, shm_inodes: int | None, granted: list[
     )  # fmt: skip
     os.close(target)
     dev = mounts.reopen(root, "dev")
+    umask = os.umask(0)  # /dev/null is everybody's
     for name, major, minor in NODES:
         os.mknod(name, stat.S_IFCHR | 0o666, os.makedev(major, minor), dir_fd=dev)
-        os.chmod(f"/proc/self/fd/{dev}/{name}", 0o666)  # noqa: S103 - /dev/null is everybody's, whatever the umask
         os.chown(name, owner, owner, dir_fd=dev, follow_symlinks=False)
+    os.umask(umask)
     for device in granted:
         _grant(dev, device)  # before there is any link that its path could lead through
     for name, to in _LINKS:

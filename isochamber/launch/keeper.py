@@ -35,7 +35,7 @@ def keep(prepared: start.Prepared, messages: _socket.socket, life: int) -> None:
             os.close(prepared.lock)
             start.tenant_side(prepared, messages)
         try:
-            record(prepared, pidfd, int(os.readlink("/proc/self")), shared=False)
+            record(prepared, pidfd, int(os.readlink("/proc/self")))
             channel.send_started(messages, pidfd)
             _let_go_of(prepared, messages, pidfd, life)
             _wait(pidfd, life)
@@ -63,13 +63,11 @@ def clone(prepared: start.Prepared) -> tuple[int, int]:
             os.close(group)
 
 
-def record(prepared: start.Prepared, pidfd: int, keeper: int, *, shared: bool) -> records.Record:
+def record(prepared: start.Prepared, pidfd: int, keeper: int) -> None:
     """Write who runs, in the numbers of the host: those of its /proc, which is still ours."""
     pid = records.pid_of(pidfd)
     started = records.start_time(pid)  # a zombie at worst: only we reap it
-    made = records.Record(pid, keeper, started, prepared.groups.v2, shared, prepared.waits)
-    records.write(prepared.entry.tid, made)
-    return made
+    records.write(prepared.entry.tid, records.Record(pid, keeper, started, prepared.groups.v2))
 
 
 def _let_go_of(prepared: start.Prepared, messages: _socket.socket, pidfd: int, life: int) -> None:

@@ -100,6 +100,11 @@ def _pages(size: int) -> int:
     return size // _PAGE * _PAGE
 
 
+def disk_for(limits: Mapping[str, int], path: str) -> str | None:
+    """Return :func:`disk_of` for limits that name one; None, and no look at it, for others."""
+    return disk_of(path) if any("D" in row[2] for name, row in _TABLE.items() if name in limits) else None
+
+
 def disk_of(path: str) -> str | None:
     """Return "major:minor" of the whole disk that ``path`` lies on; None where there is none (btrfs, tmpfs)."""
     number = os.stat(path).st_dev
@@ -115,7 +120,7 @@ def disk_of(path: str) -> str | None:
 def apply(limits: Mapping[str, int], required: list[str], groups: Groups, disk: str | None) -> None:
     """Write every limit and read it back; raises IsochamberError for one in ``required`` that is not in force."""
     for setting in settings(limits, groups, disk):
-        problem = _write(setting) or problem_of(setting)
+        problem = _write(setting)
         if problem is not None and setting.limit in required:
             refused = groups.refused.get(setting.controller)
             if refused is not None:
@@ -130,16 +135,20 @@ def apply(limits: Mapping[str, int], required: list[str], groups: Groups, disk: 
 
 
 def _write(setting: Setting) -> str | None:
+    """Write a limit and return why it is not in force, as it is read back by the same descriptor."""
     if setting.path is None:
-        return None  # the look after it says why
-    group, _, file = setting.path.rpartition("/")
+        return setting.why
     try:
-        cgroup.write(group, file, setting.text)
-    except FileNotFoundError:
-        return None  # said in the same words as for a group that runs
+        descriptor = os.open(setting.path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return problem_of(setting)  # not there: said in the same words as for a group that runs
+    try:
+        os.write(descriptor, setting.text.encode())
+        return _difference(setting, os.pread(descriptor, 4096, 0))
     except OSError as error:
         return f"the kernel does not take {setting.text!r} ({error.strerror})"
-    return None
+    finally:
+        os.close(descriptor)
 
 
 def problem_of(setting: Setting) -> str | None:
@@ -148,11 +157,16 @@ def problem_of(setting: Setting) -> str | None:
         return setting.why
     try:
         with open(setting.path, "rb") as file:
-            lines = file.read().decode().splitlines()
+            found = file.read()
     except FileNotFoundError:
         return f"this machine has no {setting.path.rpartition('/')[2]} (controller {setting.controller})"
     except OSError as error:
         return error.strerror or str(error)
+    return _difference(setting, found)
+
+
+def _difference(setting: Setting, found: bytes) -> str | None:
+    lines = found.decode().splitlines()
     wanted = set(setting.text.split())
     if any(wanted <= set(line.split()) for line in lines):
         return None

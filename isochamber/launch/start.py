@@ -56,21 +56,25 @@ class Prepared:
 
     __slots__ = (
         "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "notify", "root",
-        "terminal", "user", "waits",
+        "spare", "terminal", "user", "waits",
     )  # fmt: skip
 
     def __init__(
-        self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False, listens: bool = False
-    ) -> None:
-        """Do the host side's steps; raises IsochamberError, and leaves at most the pins and empty cgroups.
+        self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False, listens: bool = False,
+        trees: Callable[[], cgroup.Trees] = cgroup.trees, namespaces: dict[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        """Do the host side's steps; raises IsochamberError, and leaves at most the pins.
 
         Who ``listens`` takes what the learned filter hands over: see seccomp.Filters.
         A tenant that ``waits`` is set up until the exec, and goes on when it is handed over.
+        Who starts many knows its own ``namespaces``, and where the cgroup ``trees`` are.
         """
         self.root = root
         self.entry = entry
         self.terminal = own_terminal
         self.waits = waits
+        self.spare = False  # its first process was there before: it enters every group by itself
+        self.groups = cgroup.Groups({}, None)
         self.notify: str | None = None  # the host's socket that the tenant tells its readiness
         # Only one start at a time may see the upper.
         self.lock = records.lock(entry.tid, entry.name)
@@ -83,14 +87,18 @@ class Prepared:
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
             join.ensure(root, entry, self.net)
             allowed = devicegroup.rules(entry.devices)
-            self.groups = cgroup.make(entry.tid, [*limits.controllers(entry.limits), devicegroup.CONTROLLER])
-            limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_of(root))
+            self.groups = cgroup.make(entry.tid, [*limits.controllers(entry.limits), devicegroup.CONTROLLER], trees())
+            limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_for(entry.limits, root))
             devicegroup.apply(self.groups, allowed)
             self.filters = seccomp.Filters(root, entry.seccomp, listens=listens)
             self.highest_capability = capabilities.last()
-            self.host_namespaces = verify.namespaces()
+            self.host_namespaces = namespaces or verify.namespaces()
         except BaseException:
             self.close()  # who holds many tenants can't afford a descriptor a failure
+            try:
+                cgroup.remove_all(self.groups)
+            except OSError:
+                pass  # the next start of the tenant makes them anew
             records.unlock(self.lock)
             raise
 
@@ -173,7 +181,7 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     os.umask(0o022)
     os.chdir(prepared.root)  # lowerdir= takes relative paths, which no ":" of the operator's can break
     step("enter the control groups")
-    cgroup.enter(prepared.groups)  # clone3 did it with v2's; before the tenant can have done anything
+    cgroup.enter(prepared.groups, v2=prepared.spare)  # before the tenant can have done anything
 
     step("join the network namespace")
     if entry.network != "host":

@@ -214,7 +214,8 @@ def unshare(flags: int) -> None:
 
 def prctl(option: int, second: int = 0, third: int = 0, fourth: int = 0, fifth: int = 0) -> int:
     """prctl(2)."""
-    return _checked(_libc.prctl(option, second, third, fourth, fifth), f"prctl {option}", None)
+    result: int = _libc.prctl(option, second, third, fourth, fifth)
+    return result if result >= 0 else _checked(result, f"prctl {option}", None)
 
 
 def address(text: bytes) -> int:

@@ -46,8 +46,14 @@ def _refuse(what: str) -> IsochamberError:
 
 
 def _read(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:
-        return file.read()
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        found = os.read(descriptor, 1 << 16)
+        while more := os.read(descriptor, 1 << 16):  # a long mountinfo comes in pieces
+            found += more
+        return found
+    finally:
+        os.close(descriptor)
 
 
 def _check_ids(entry: Entry) -> None:

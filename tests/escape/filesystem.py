@@ -232,7 +232,7 @@ def _device_in(where: str) -> Run:
 
 
 # The second start must not clear the first one's cgroup away.
-_BESIDE = "start.cgroup.make = lambda tid, controllers: start.cgroup.Groups({}, None)\n"
+_BESIDE = "start.cgroup.make = lambda tid, controllers, trees: start.cgroup.Groups({}, None)\n"
 
 
 def _two_at_once(worlds: Worlds, off: Off, _attempt: Attempt) -> str:

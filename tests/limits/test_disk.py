@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from isochamber.cli.common import supervised
 from isochamber.launch import disk
+from tests.conftest import PROJECT
+from tests.serve.world import end_nursery, eventually
 from tests.tasks.world import World, write_package
 
 MIB = 1 << 20
@@ -160,3 +163,22 @@ def test_show_says_what_holds_the_limit(world: World) -> None:
     _configure(world)
     assert f"limit       disk {32 * MIB}: {_image(world)}" in world.cli("show", "bounded").stdout
     assert json.loads(world.cli("show", "--json", "bounded").stdout)["disk"] == 32 * MIB
+
+
+def test_a_disk_that_is_not_mounted_yet_is_there_for_a_tenant_that_the_supervisor_starts(world: World) -> None:
+    _limit(world, "48M")
+    _configure(world)
+    _run(world, "bounded", "echo kept > /home/kept")
+    tid = world.entry("bounded")["tid"]
+    words = [sys.executable, "-m", "isochamber", "--root", str(world.root), "serve"]
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, cwd=PROJECT) as serving:
+        try:
+            eventually(supervised, "the supervisor answers")
+            assert _run(world, "other", "echo x") == "x"  # a process waits for the next start
+            disk.detach(str(world.root), tid)  # as after a restart of the machine
+            assert _run(world, "bounded", f"cat /home/kept; {FILL}") == "kept"
+            assert disk.is_mounted(f"{world.root}/tenants_fs/{tid}")
+        finally:
+            serving.terminate()
+            serving.wait(60)
+            end_nursery()
