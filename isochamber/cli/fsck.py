@@ -1,7 +1,6 @@
 """The verbs that look after what is on disk: fsck and rollback."""
 
 import argparse
-import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING
@@ -47,6 +46,8 @@ def _make_anew(arguments: argparse.Namespace) -> None:
 
 def _tell(arguments: argparse.Namespace, state: "State", found: "list[Finding]", left: "list[Finding]") -> None:
     if arguments.json:
+        import dataclasses  # noqa: PLC0415 - slow to import, and every verb imports this module
+
         rows = [{**dataclasses.asdict(finding), "repaired": finding not in left} for finding in found]
         rows += [{**dataclasses.asdict(finding), "repaired": False} for finding in left if finding not in found]
         common.say(json.dumps({"clean": not left, "findings": rows}, indent=2))

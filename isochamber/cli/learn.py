@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import signal
-import subprocess
 import sys
 from typing import TYPE_CHECKING
 
@@ -65,6 +64,8 @@ def _run(
     pipeline: "Pipeline", entry: dict[str, object], learning: "Learning", arguments: argparse.Namespace
 ) -> tuple[list[str], int]:
     """Run the tenant under the launcher's supervision; returns the lines of its notes, and its status."""
+    import subprocess  # noqa: PLC0415 - slow to import, and every verb imports this module
+
     from isochamber.launch import command  # noqa: PLC0415
 
     learning.wanted.ensure(pipeline.state)

@@ -123,9 +123,7 @@ def stats(arguments: argparse.Namespace) -> int:
     from isochamber.serve import client  # noqa: PLC0415
 
     stream = arguments.stream
-    request = {"verb": "stats", "tenants": arguments.tenant, "stream": True, "interval": arguments.interval}
-    if arguments.json and not stream:
-        request["stream"] = False
+    request = {"verb": "stats", "tenants": arguments.tenant, "stream": stream, "interval": arguments.interval}
     before: Row | None = None
     for answer in client.stream(client.need(), request):
         item = answer.get("item")
@@ -133,7 +131,7 @@ def stats(arguments: argparse.Namespace) -> int:
             continue
         if arguments.json:
             common.say(json.dumps(item["rows"], indent=2 if not stream else None))
-        elif before is None:
+        elif before is None and stream:
             before = item  # cpu is a difference
             continue
         else:
@@ -147,13 +145,14 @@ def stats(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def shown(before: Row, now: Row) -> list[Row]:
-    """Return the rows of ``now`` for people, cpu as the share since ``before``."""
-    former = {row["tid"]: row for row in before["rows"]}
-    seconds = max(now["time"] - before["time"], 1e-6)
+def shown(before: Row | None, now: Row) -> list[Row]:
+    """Return the rows of ``now`` for people, cpu as the share since ``before``, or since each was started."""
+    former = {row["tid"]: row for row in before["rows"]} if before is not None else {}
     rows = []
     for row in now["rows"]:
-        used = row["cpu_usec"] - former.get(row["tid"], row)["cpu_usec"]
+        since = before["time"] if before is not None else row["started_at"]
+        seconds = max(now["time"] - since, 1e-6)
+        used = row["cpu_usec"] - (0 if before is None else former.get(row["tid"], row)["cpu_usec"])
         limit = common.size(row["memory_limit"]) if (row["memory_limit"] or 1 << 62) < 1 << 60 else "none"
         rows.append({
             "name": row["name"] + (" (warm)" if row["state"] == "warm" else ""),

@@ -18,8 +18,17 @@ def serve(arguments: argparse.Namespace) -> int:
         group=arguments.group,
         textfile=arguments.metrics_file,
         interval=arguments.metrics_interval,
+        account=arguments.account_interval,
         stay=not arguments.stop_tenants,
     )
+
+
+def renew(_arguments: argparse.Namespace) -> int:
+    """Replace the process that starts tenants by a new one; those that run stay with the former until they end."""
+    from isochamber.serve import client  # noqa: PLC0415
+
+    client.ask(client.need(), {"verb": "renew"})
+    return 0
 
 
 def metrics(_arguments: argparse.Namespace) -> int:
@@ -64,8 +73,12 @@ def add(verbs: common.Verbs) -> None:
         "--metrics-file", metavar="FILE", help="write metrics there for node_exporter's textfile collector"
     )
     added.add_argument("--metrics-interval", metavar="SECONDS", type=_seconds, default=15.0)
+    added.add_argument(
+        "--account-interval", metavar="SECONDS", type=_seconds, default=60.0, help="how often `net account` is done"
+    )
     added.add_argument("--stop-tenants", action="store_true", help="on SIGTERM stop every tenant too")
     common.add_verb(verbs, "metrics", metrics)
+    common.add_verb(verbs, "renew", renew)
     added = common.add_verb(verbs, "events", events)
     added.add_argument("--since", help="show from then on: seconds since 1970, or 10m, 2h, 3d ago")
     added.add_argument("--no-stream", dest="stream", action="store_false", help="show what there is, and end")

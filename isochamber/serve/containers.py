@@ -51,6 +51,11 @@ class Containers:
         self.refresh()
         return sorted(self._by_tid.values(), key=lambda entry: str(entry["name"]))
 
+    def by_tid(self) -> dict[str, Raw]:
+        """Return every entry, for who looks at many: the file is asked for once. Not to be changed."""
+        self.refresh()
+        return self._by_tid
+
     def find(self, tenant: str) -> Raw | None:
         """Return the entry of a name or tid, or None."""
         self.refresh()
@@ -77,3 +82,8 @@ def service(raw: Raw) -> dict[str, Any]:
     """Return the part of an entry that is for the supervisor; an entry without one is not supervised."""
     found = raw.get("service")
     return found if isinstance(found, dict) else {}
+
+
+def has_network(raw: Raw | None) -> bool:
+    """Say whether a tenant has a network whose bytes can be counted."""
+    return raw is None or raw.get("network") != "none"

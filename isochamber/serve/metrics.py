@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
-from isochamber.serve import usage
+from isochamber.serve import containers, usage
 from isochamber.serve.supervisor import Supervisor
 
 _STATES = ("created", "running", "paused", "stopping", "restarting", "exited", "warm")
@@ -40,6 +40,7 @@ def _family(name: str, kind: str, text: str, samples: Iterable[tuple[str, float]
 def text(supervisor: Supervisor) -> str:
     """Return everything, ready to be scraped."""
     units = sorted(supervisor.units.values(), key=lambda one: one.name)
+    known = supervisor.containers.by_tid()
     used: list[tuple[str, dict[str, Any]]] = []
     states, restarts, unwell = [], [], []
     for one in units:
@@ -49,7 +50,7 @@ def text(supervisor: Supervisor) -> str:
         restarts.append((label, float(one.restarts)))
         if one.health:
             unwell.append((label, float(one.health == "healthy")))
-        found = usage.of(one)
+        found = usage.of(one, has_network=containers.has_network(known.get(one.tid)))
         if found:
             used.append((label, found))
     lines = _family("state", "gauge", "1 for the state that the tenant is in.", states)

@@ -74,28 +74,37 @@ def network(pid: int) -> tuple[int, int]:
     return received, sent
 
 
-def of(one: Unit) -> dict[str, Any]:
-    """Return what a running (or waiting) tenant uses: microseconds, bytes, counts; None where nobody counts."""
+def _memory(held: dict[str, Any]) -> tuple[int | None, int | None, dict[str, int]]:
+    """Return memory in use, its limit, and what happened at the limit: of the controller where it is mounted."""
+    v1, group = held["cgroups"].get("memory"), held["cgroup"]
+    if v1:
+        events = _pairs(_read(f"{v1}/memory.oom_control"))
+        events["max"] = _number(f"{v1}/memory.failcnt") or 0
+        return _number(f"{v1}/memory.usage_in_bytes"), _number(f"{v1}/memory.limit_in_bytes"), events
+    current = _number(f"{group}/memory.current") if group else None
+    if current is None:
+        return None, None, {}
+    return current, _number(f"{group}/memory.max"), _pairs(_read(f"{group}/memory.events"))
+
+
+def of(one: Unit, *, has_network: bool = True) -> dict[str, Any]:
+    """Return what a running (or waiting) tenant uses: microseconds, bytes, counts; None where nobody counts.
+
+    One that has no network but loopback has no bytes to be counted.
+    """
     held = one.held if one.runs else one.warm
     if held is None:
         return {}
     group, pid = held["cgroup"], held["pid"]
     pids = processes(group, pid)
     cpu = _pairs(_read(f"{group}/cpu.stat") if group else None)
-    memory = _number(f"{group}/memory.current") if group else None
-    limit = _number(f"{group}/memory.max") if group else None
-    events = _pairs(_read(f"{group}/memory.events") if group else None)
-    if memory is None:
-        v1 = held["cgroups"].get("memory")
-        memory = _number(f"{v1}/memory.usage_in_bytes") if v1 else None
-        limit = _number(f"{v1}/memory.limit_in_bytes") if v1 else None
-        events = _pairs(_read(f"{v1}/memory.oom_control") if v1 else None)
-        events["max"] = (_number(f"{v1}/memory.failcnt") if v1 else None) or 0
-    received, sent = network(pid)
+    memory, limit, events = _memory(held)
+    received, sent = network(pid) if has_network else (0, 0)
     read, written = _io(group, pids)
     return {
         "name": one.name, "tid": one.tid, "state": "warm" if not one.runs else one.state(), "pids": len(pids),
-        "cpu_usec": cpu.get("usage_usec", _cpu_of(pids)), "throttled_usec": cpu.get("throttled_usec", 0),
+        "cpu_usec": cpu["usage_usec"] if "usage_usec" in cpu else _cpu_of(pids),
+        "throttled_usec": cpu.get("throttled_usec", 0),
         "memory": memory if memory is not None else _resident(pids), "memory_limit": limit,
         "oom_kills": events.get("oom_kill", 0), "memory_high": events.get("high", 0) + events.get("max", 0),
         "net_rx": received, "net_tx": sent, "io_read": read, "io_write": written,
