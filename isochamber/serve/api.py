@@ -9,7 +9,7 @@ from typing import Any
 from isochamber import __version__
 from isochamber.errors import IsochamberError
 from isochamber.launch.lean import signal
-from isochamber.serve import logs, metrics, unit, usage
+from isochamber.serve import containers, logs, metrics, unit, usage
 from isochamber.serve.client import OTHER_ROOT
 from isochamber.serve.supervisor import Supervisor, log_directory
 from isochamber.serve.unit import Unit
@@ -34,9 +34,8 @@ async def do(supervisor: Supervisor, request: Answer, descriptors: list[int]) ->
     yield {"ok": True, **(answer or {})}
 
 
-def row(supervisor: Supervisor, one: Unit) -> Answer:
-    """Return what ps shows of a tenant."""
-    raw = supervisor.containers.find(one.tid) or {}
+def row(one: Unit, raw: Answer) -> Answer:
+    """Return what ps shows of a tenant; ``raw`` is its entry, if it still has one."""
     held = one.held or {}
     return {
         "name": one.name, "tid": one.tid, "state": one.state(), "warm": one.warm is not None,
@@ -55,12 +54,14 @@ async def _version(supervisor: Supervisor, _request: Answer, _descriptors: list[
 
 
 async def _ps(supervisor: Supervisor, request: Answer, _descriptors: list[int]) -> Answer:
+    known = supervisor.containers.by_tid()
     if request.get("all"):
-        for raw in supervisor.containers.all():
+        for raw in known.values():
             supervisor.unit_of(raw["tid"], raw["name"])
-    rows = [row(supervisor, one) for one in supervisor.units.values()]
-    if not request.get("all"):
-        rows = [found for found in rows if found["state"] in ("running", "paused", "stopping", "restarting")]
+        units = list(supervisor.units.values())
+    else:
+        units = [one for one in supervisor.units.values() if one.runs or one.restart_timer is not None]
+    rows = [row(one, known.get(one.tid, {})) for one in units]
     return {"rows": sorted(rows, key=lambda found: str(found["name"]))}
 
 
@@ -176,7 +177,10 @@ async def _stats(supervisor: Supervisor, request: Answer) -> Items:
     names = request.get("tenants") or []
     while True:
         units = [supervisor.known(name) for name in names] or list(supervisor.units.values())
-        rows = [found for one in units if (found := usage.of(one))]
+        known = supervisor.containers.by_tid()
+        rows = [
+            found for one in units if (found := usage.of(one, has_network=containers.has_network(known.get(one.tid))))
+        ]
         yield {"time": unit.now(), "rows": sorted(rows, key=lambda found: str(found["name"]))}
         if not request.get("stream"):
             return
@@ -270,9 +274,14 @@ async def _forget(supervisor: Supervisor, request: Answer, _descriptors: list[in
     return {}
 
 
+async def _renew(supervisor: Supervisor, _request: Answer, _descriptors: list[int]) -> Answer:
+    await supervisor.renew()
+    return {}
+
+
 _SINGLES: dict[str, Callable[[Supervisor, Answer, list[int]], Awaitable[Answer]]] = {
     "version": _version, "ps": _ps, "start": _start, "stop": _stop, "restart": _restart, "kill": _kill,
     "pause": _pause, "resume": _pause, "run": _run, "exec": _exec, "attach": _attach, "wait": _wait,
-    "metrics": _metrics, "forget": _forget,
+    "metrics": _metrics, "forget": _forget, "renew": _renew,
 }  # fmt: skip
 _STREAMS: dict[str, Callable[[Supervisor, Answer], Items]] = {"stats": _stats, "logs": _logs, "events": _events}

@@ -12,7 +12,7 @@ from typing import Any
 
 from isochamber import paths
 from isochamber.errors import IsochamberError, printable
-from isochamber.serve import metrics, server, systemd
+from isochamber.serve import accounts, metrics, server, systemd
 from isochamber.serve.supervisor import Supervisor
 
 _FLOCK = "hhqqi4x"
@@ -36,7 +36,9 @@ def _say(line: str) -> None:
     sys.stderr.flush()
 
 
-async def _serve(root: str, group: int | None, textfile: str | None, interval: float, *, stay: bool) -> None:
+async def _serve(
+    root: str, group: int | None, textfile: str | None, interval: float, account: float, *, stay: bool
+) -> None:
     loop = asyncio.get_running_loop()
     over = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -48,7 +50,7 @@ async def _serve(root: str, group: int | None, textfile: str | None, interval: f
     serving = server.Server(supervisor, listener, group)
     systemd.notify("READY=1\nSTATUS=supervising")
     seconds = systemd.watchdog_seconds()
-    tasks: list[asyncio.Task[Any]] = []
+    tasks: list[asyncio.Task[Any]] = [loop.create_task(accounts.keep(supervisor, account))]
     if seconds is not None:
         tasks.append(loop.create_task(_watchdog(seconds)))
     if textfile is not None:
@@ -62,6 +64,7 @@ async def _serve(root: str, group: int | None, textfile: str | None, interval: f
     finally:
         for task in tasks:
             task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         serving.close()
         supervisor.close()
         listener.close()
@@ -83,8 +86,9 @@ async def _textfile(supervisor: Supervisor, path: str, interval: float) -> None:
 
 
 def main(
-    root: str, *, group: str | None = None, textfile: str | None = None, interval: float = 15.0, stay: bool = True
-) -> int:
+    root: str, *, group: str | None = None, textfile: str | None = None, interval: float = 15.0,
+    account: float = 60.0, stay: bool = True,
+) -> int:  # fmt: skip
     """Supervise the tenants of ``root`` until SIGTERM or SIGINT; with ``stay`` they run on after it.
 
     Raises IsochamberError.
@@ -95,7 +99,7 @@ def main(
     try:
         lock = _lock()
         try:
-            asyncio.run(_serve(root, number, textfile, interval, stay=stay))
+            asyncio.run(_serve(root, number, textfile, interval, account, stay=stay))
         finally:
             os.close(lock)
     except OSError as error:

@@ -35,10 +35,17 @@ def told(error: IsochamberError) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _connect() -> socket.socket | None:
+def former() -> list[str]:
+    """Return the sockets of nurseries that were replaced, and keep their tenants until they end."""
+    directory = os.path.dirname(paths.serve_file("nursery"))
+    return sorted(f"{directory}/{name}" for name in os.listdir(directory) if name.removeprefix("nursery-").isdecimal())
+
+
+def connect(path: str | None = None) -> socket.socket | None:
+    """Return a connection to the nursery at ``path`` (default: who takes starts), None when nobody is there."""
     end = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        end.connect(paths.serve_file("nursery"))
+        end.connect(path or paths.serve_file("nursery"))
     except OSError:
         end.close()
         return None
@@ -47,13 +54,13 @@ def _connect() -> socket.socket | None:
 
 def find_or_start() -> tuple[socket.socket, bool]:
     """Return a connection to the nursery and whether it is a new one; the caller holds the supervisors' lock."""
-    end = _connect()
+    end = connect()
     if end is not None:
         return end, False
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "__main__.py")
     words = [sys.executable, "-I", "-S", program, "nursery"]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    end = _connect()
+    end = connect()
     if end is None:
         last = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
         raise IsochamberError(f"the nursery did not start: {last}", stage="serve", hint="run as root")

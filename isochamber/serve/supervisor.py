@@ -11,17 +11,21 @@ import contextlib
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
-from isochamber.launch import cgroup, records, running, syscalls
+from isochamber.launch import cgroup, records, running
 from isochamber.launch.lean import signal
 from isochamber.serve import containers, link, unit
 from isochamber.serve.containers import Containers, Raw
-from isochamber.serve.link import Link, Report
+from isochamber.serve.health import Health
+from isochamber.serve.link import Report
+from isochamber.serve.nurseries import Nurseries
+from isochamber.serve.restarts import Restarts
 from isochamber.serve.unit import Unit
+from isochamber.serve.warm import Warm
+from isochamber.serve.watching import Watching
 
 _REMEMBERED = 4096  # events
 _READY_PATIENCE = 90.0  # seconds that a tenant may take to be ready before what comes after it starts all the same
@@ -35,41 +39,45 @@ class Supervisor:
         self.root = root
         self.containers = Containers(root)
         self.units: dict[str, Unit] = {}
-        self.link: Link | None = None
+        self.nurseries = Nurseries(self._report, self._nursery_gone)
         self.events: deque[dict[str, Any]] = deque(maxlen=_REMEMBERED)
         self.listeners: set[asyncio.Queue[dict[str, Any]]] = set()
         self.refused = 0
         self._execs: dict[str, asyncio.Future[Report]] = {}
         self._numbers = itertools.count(1)
-        self._refill_task: asyncio.Task[None] | None = None
-        self._refill_wanted = False
+        self.warm, self.health, self.restarts, self._watching = Warm(self), Health(self), Restarts(self), Watching(self)
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._watches: dict[str, int] = {}
-        self._starting = 0
-        self._closing = False
+        self.starting = 0
+        self.closing = False
 
     # Beginning and end.
 
     async def begin(self) -> None:
         """Find or start the nursery, take over what it holds, start what should run."""
         fresh = await self._connect()
-        self._watch(self.root, self._containers_changed)
-        self._watch_ipc()
+        self._watching.begin()
         if fresh:
-            self.spawn(self.start_all())
+            self.spawn(self.restarts.start_all())
         else:
             for one in tuple(self.units.values()):
                 self._take_over(one)
-        self.refill()
+        self.warm.refill()
 
     async def _connect(self) -> bool:
-        end, fresh = link.find_or_start()
-        self.link = Link(end, self._report, self._nursery_gone)
-        await self._ask({"do": "list"})
+        fresh = await self.nurseries.connect()
+        if self.nurseries.refused is not None:
+            self.event("error", None, error=self.nurseries.refused)
+            self.nurseries.refused = None
         if fresh:
             for raw in self.containers.all():
                 _clean_after_nursery(raw)
         return fresh
+
+    async def renew(self) -> None:
+        """Start another nursery for every start from now on; tenants run on. Raises IsochamberError."""
+        await self.nurseries.renew()
+        self.event("nursery-renewed", None)
+        self.warm.refill()
 
     def _take_over(self, one: Unit) -> None:
         """Go on where a former supervisor stopped: a command of health, a restart that was due, a stop."""
@@ -80,49 +88,47 @@ class Supervisor:
             if one.note.get("stopping"):
                 self.spawn(self.stop(one.tid))
             elif one.held["running"]:
-                self._watch_health(one)
+                self.health.watch(one)
         elif not one.note.get("stopping"):
             one.failures, one.restarts = one.note.get("failures", 0), one.note.get("restarts", 0)
-            self._decide(one)
+            self.restarts.decide(one)
 
     def _nursery_gone(self) -> None:
-        if not self._closing:
-            self.link = None
+        if not self.closing:
             self.spawn(self._again())
 
     async def _again(self) -> None:
-        """Find the nursery again, or begin with a new one: every tenant has died with the former."""
-        for waiting in self._execs.values():
-            if not waiting.done():
-                waiting.set_exception(IsochamberError("the nursery has hung up", stage="exec"))
-        self._execs.clear()
-        if not await self._connect():
-            return
-        self.event("nursery-died", None)
+        """Find the nurseries again, or begin with a new one: with one that has died, all its tenants have."""
+        lost = [one for one in self.units.values() if one.runs and self.nurseries.is_lost(one.tid)]
+        if lost:
+            for waiting in self._execs.values():
+                if not waiting.done():
+                    waiting.set_exception(IsochamberError("the nursery has hung up", stage="exec"))
+            self._execs.clear()
+        if await self._connect():
+            self.event("nursery-died", None)
         for one in tuple(self.units.values()):
+            if not self.nurseries.is_lost(one.tid):
+                continue
             one.warm = None
             if one.runs and one.held is not None:
                 one.held = {**one.held, "status": int(signal.SIGKILL), "ended_at": unit.now()}
                 self._ended(one)
-        self.refill()
+        self.warm.refill()
 
     def close(self) -> None:
         """Let go of everything; tenants run on."""
-        self._closing = True
+        self.closing = True
         for task in self._tasks:
             task.cancel()
-        for descriptor in self._watches.values():
-            asyncio.get_running_loop().remove_reader(descriptor)
-            os.close(descriptor)
-        self._watches.clear()
-        if self.link is not None:
-            self.link.close()
+        self.warm.close()
+        self._watching.close()
+        self.nurseries.close()
 
     async def quit_nursery(self) -> None:
         """End the nursery, and with it every tenant that is still there."""
-        self._closing = True
-        if self.link is not None:
-            self.link.tell({"do": "quit"})
+        self.closing = True
+        self.nurseries.quit()
 
     def spawn(self, work: Any) -> None:
         """Run ``work`` beside everything else; what it fails with becomes an event."""
@@ -136,74 +142,13 @@ class Supervisor:
         except IsochamberError as error:
             self.event("error", None, error=error.line())
 
-    def _ask(self, order: Report, descriptors: tuple[int, ...] = ()) -> Any:
-        if self.link is None:
-            raise IsochamberError("there is no nursery", stage="serve")
-        return self.link.ask(order, descriptors)
+    def ask(self, order: Report, descriptors: tuple[int, ...] = ()) -> Any:
+        """Send an order to the nursery that it is for, and return its answer; raises IsochamberError."""
+        return self.nurseries.ask(order, descriptors)
 
     def tell(self, order: Report) -> None:
         """Send an order that needs no answer."""
-        if self.link is not None:
-            self.link.tell(order)
-
-    # Watching files.
-
-    def _watch(self, path: str, action: Any) -> None:
-        try:
-            mask = syscalls.IN_MOVED_TO | syscalls.IN_CLOSE_WRITE | syscalls.IN_CREATE
-            descriptor = syscalls.inotify(path, mask)
-        except OSError:
-            return
-        former = self._watches.get(path)
-        loop = asyncio.get_running_loop()
-        if former is not None:
-            loop.remove_reader(former)
-            os.close(former)
-        self._watches[path] = descriptor
-
-        def happened() -> None:
-            names = set()
-            with contextlib.suppress(BlockingIOError):
-                data = os.read(descriptor, 65536)
-                while data:
-                    length = int.from_bytes(data[12:16], "little")
-                    names.add(data[16 : 16 + length].rstrip(b"\0").decode("utf-8", "replace"))
-                    data = data[16 + length :]
-            action(names)
-
-        loop.add_reader(descriptor, happened)
-
-    def _containers_changed(self, names: set[str]) -> None:
-        if paths.CONTAINERS not in names or not self.containers.refresh():
-            return
-        for one in self.units.values():
-            raw = self.containers.find(one.tid)
-            if one.warm is not None and (raw is None or raw.get("digest") != one.warm["note"]):
-                self.tell({"do": "signal", "key": one.tid, "number": int(signal.SIGKILL)})
-        self.refill()
-        self._watch_ipc()
-
-    def _watch_ipc(self) -> None:
-        """Watch the parents of the IPC directories: one that is made anew is bound anew into who runs."""
-        for source in {entry["ipc"] for entry in self.containers.all() if entry.get("ipc")}:
-            parent = os.path.dirname(source.rstrip("/"))
-            if parent not in self._watches:
-                self._watch(parent, lambda names, source=source: self._ipc_changed(source, names))
-
-    def _ipc_changed(self, source: str, names: set[str]) -> None:
-        if os.path.basename(source.rstrip("/")) not in names or not os.path.isdir(source):
-            return
-        for one in self.units.values():
-            raw = self.containers.find(one.tid)
-            if raw is not None and raw.get("ipc") == source and (one.runs or one.warm is not None):
-                self.spawn(self._rebind(one))
-
-    async def _rebind(self, one: Unit) -> None:
-        if one.warm is not None and not one.runs:
-            self.tell({"do": "signal", "key": one.tid, "number": int(signal.SIGKILL)})  # made with the former one
-            return
-        await self._ask({"do": "ipc", "key": one.tid, "name": one.name})
-        self.event("ipc", one)
+        self.nurseries.tell(order)
 
     # Reports.
 
@@ -253,7 +198,7 @@ class Supervisor:
         if kind == "started":
             self.event("start", one)
             if report["running"]:
-                self._runs(one)
+                self.health.watch(one)
         elif kind == "ended":
             self._ended(one)
 
@@ -268,13 +213,10 @@ class Supervisor:
         elif one.held is not None:
             one.held[kind] = True
             if kind == "running":
-                self._runs(one)
+                self.health.watch(one)
             else:
                 self.event("ready", one)
         one.touch()
-
-    def _runs(self, one: Unit) -> None:
-        self._watch_health(one)
 
     def _warm_report(self, one: Unit, kind: str, report: Report) -> None:
         if kind in ("started", "held") and report["status"] is None:
@@ -287,7 +229,7 @@ class Supervisor:
             if report["failure"] is not None:
                 one.warm_failed = report["note"]
                 self.event("error", one, error=link.error_of(report["failure"]).line())
-            self.refill()
+            self.warm.refill()
         one.touch()
 
     def _ended(self, one: Unit) -> None:
@@ -300,61 +242,11 @@ class Supervisor:
         if one.held["failure"] is not None:
             self.event("error", one, error=link.error_of({**one.held["failure"], "tenant": one.name}).line())
         if one.held["kind"] == "service" and not one.stopping:
-            self._decide(one)
+            self.restarts.decide(one)
         one.touch()
-        self.refill()
-
-    def _decide(self, one: Unit) -> None:
-        """Restart a tenant that has ended, if its policy says so."""
-        assert one.held is not None  # noqa: S101 - the caller looked
-        raw = self.containers.find(one.tid)
-        if raw is None or one.restart_timer is not None:
-            return
-        policy = containers.service(raw)
-        seconds = (one.held["ended_at"] or 0) - one.held["started_at"]
-        code = 1 if one.unhealthy else unit.exit_code(one.held) or 0
-        again, one.failures = unit.after_end(
-            policy.get("restart", "no"), policy.get("retries", 0), code, seconds, one.failures
-        )
-        if again:
-            wait = unit.wait_before_restart(one)
-            one.restart_timer = asyncio.get_running_loop().call_later(wait, self._restart_now, one)
-            self.event("restart-in", one, seconds=round(wait, 3))
-
-    def _restart_now(self, one: Unit) -> None:
-        one.restart_timer = None
-        one.restarts += 1
-        self.spawn(self._restart_and_tell(one))
-
-    async def _restart_and_tell(self, one: Unit) -> None:
-        try:
-            await self.start(one.tid, by="restart")
-        except IsochamberError as error:
-            self.event("error", one, error=error.line())
-            if one.held is not None and not one.runs and self.containers.find(one.tid) is not None:
-                one.held = {**one.held, "ended_at": unit.now(), "started_at": unit.now(), "status": 256}
-                self._decide(one)
+        self.warm.refill()
 
     # What an operator asks for.
-
-    async def start_all(self) -> None:
-        """Start every tenant that is to be kept running, each after those it names."""
-        wanted = [raw for raw in self.containers.all() if containers.service(raw).get("restart", "no") != "no"]
-        await asyncio.gather(*(self._start_quietly(raw["tid"]) for raw in wanted))
-
-    async def _start_quietly(self, tid: str) -> None:
-        try:
-            await self.start(tid)
-        except IsochamberError as error:
-            self.event("error", self.units.get(tid), error=error.line())
-            one = self.units.get(tid)
-            raw = self.containers.find(tid)
-            if raw is not None and not (one and one.runs):
-                one = self.unit_of(tid, raw["name"])
-                one.failures += 1
-                if one.restart_timer is None:  # the IPC directory is not there yet, say
-                    wait = unit.wait_before_restart(one)
-                    one.restart_timer = asyncio.get_running_loop().call_later(wait, self._restart_now, one)
 
     async def start(
         self, tenant: str, *, terminal: bool = False, by: str = "operator", _above: tuple[str, ...] = ()
@@ -386,12 +278,12 @@ class Supervisor:
             "do": "start", "kind": "service", "root": self.root, "entry": raw, "digest": raw.get("digest"),
             "logs": log_directory(self.root, raw["tid"]), "terminal": terminal, "note": note,
         }  # fmt: skip
-        self._starting += 1
+        self.starting += 1
         try:
-            await self._ask(order)
+            await self.ask(order)
             await self._until_running(one)
         finally:
-            self._starting -= 1
+            self.starting -= 1
         return one
 
     async def _after(self, name: str, above: tuple[str, ...]) -> None:
@@ -417,12 +309,12 @@ class Supervisor:
             "do": "start", "kind": "run", "root": self.root, "entry": raw, "digest": raw.get("digest"), "note": {},
             **more,
         }  # fmt: skip
-        answer: Report = await self._ask(order, descriptors)
+        answer: Report = await self.ask(order, descriptors)
         return answer
 
     async def stop(self, tenant: str, grace: float | None = None) -> bool:
         """Stop a tenant: its signal, its grace, then SIGKILL; returns whether it ran. Waits until nothing is left."""
-        one = self._known(tenant)
+        one = self.known(tenant)
         raw = self.containers.find(one.tid)
         service = containers.service(raw) if raw is not None else {}
         how = service.get("stop") or {"signal": "TERM", "grace": 10}
@@ -466,7 +358,7 @@ class Supervisor:
     async def pause(self, tenant: str, *, paused: bool) -> None:
         """Stop or continue every process of it."""
         one = self._running(tenant)
-        await self._ask({"do": "freeze", "key": one.tid, "frozen": paused})
+        await self.ask({"do": "freeze", "key": one.tid, "frozen": paused})
         one.paused = paused
         self.event("pause" if paused else "unpause", one)
         one.touch()
@@ -475,7 +367,7 @@ class Supervisor:
         """Start a command beside a running tenant for a client: its channel, and 0, 1 and 2."""
         one = self._running(tenant)
         self.event("exec", one)
-        answer: Report = await self._ask({"do": "exec", "tid": one.tid, "name": one.name, **more}, descriptors)
+        answer: Report = await self.ask({"do": "exec", "tid": one.tid, "name": one.name, **more}, descriptors)
         return answer
 
     async def exec_quietly(self, one: Unit, argv: list[str], seconds: float) -> int:
@@ -483,7 +375,7 @@ class Supervisor:
         label = f"health-{next(self._numbers)}"
         ended: asyncio.Future[Report] = asyncio.get_running_loop().create_future()
         self._execs[label] = ended
-        started = await self._ask({"do": "exec", "tid": one.tid, "name": one.name, "argv": argv, "note": label})
+        started = await self.ask({"do": "exec", "tid": one.tid, "name": one.name, "argv": argv, "note": label})
         try:
             async with asyncio.timeout(seconds):
                 report = await asyncio.shield(ended)
@@ -495,11 +387,11 @@ class Supervisor:
     async def attach(self, tenant: str, end: int) -> Report:
         """Let a client see a tenant's output and type into its terminal."""
         one = self._running(tenant)
-        answer: Report = await self._ask({"do": "attach", "key": one.tid, "name": one.name}, (end,))
+        answer: Report = await self.ask({"do": "attach", "key": one.tid, "name": one.name}, (end,))
         self.event("attach", one)
         return answer
 
-    def _known(self, tenant: str) -> Unit:
+    def known(self, tenant: str) -> Unit:
         """Return the unit of a name or tid, of one that is configured or still held; raises IsochamberError."""
         for one in self.units.values():
             if tenant in (one.tid, one.name):
@@ -507,100 +399,11 @@ class Supervisor:
         raw = self.containers.need(tenant)
         return self.unit_of(raw["tid"], raw["name"])
 
-    known = _known
-
     def _running(self, tenant: str) -> Unit:
-        one = self._known(tenant)
+        one = self.known(tenant)
         if not one.runs:
             raise IsochamberError("does not run", stage="serve", tenant=one.name, hint=f"isochamber start {one.name}")
         return one
-
-    # Health.
-
-    def _watch_health(self, one: Unit) -> None:
-        raw = self.containers.find(one.tid)
-        health = containers.service(raw).get("health") if raw is not None else None
-        if health is None or one.held is None or one.held["kind"] != "service" or one.health_task is not None:
-            return
-        one.health = "starting"
-        task = asyncio.get_running_loop().create_task(self._look_after(one, health))
-        one.health_task = task
-
-    async def _look_after(self, one: Unit, health: dict[str, Any]) -> None:
-        failed = 0
-        begun = asyncio.get_running_loop().time()
-        while one.runs:
-            await asyncio.sleep(health["interval"])
-            if one.paused or not one.runs:
-                continue
-            try:
-                code = await self.exec_quietly(one, health["argv"], health["timeout"])
-            except IsochamberError:
-                continue  # it has just ended
-            if code == 0:
-                failed = 0
-                self._healthy(one, "healthy")
-            elif asyncio.get_running_loop().time() - begun >= health["start_period"]:
-                failed += 1
-            if failed >= health["retries"]:
-                self._healthy(one, "unhealthy")
-                raw = self.containers.find(one.tid)
-                if raw is not None and containers.service(raw).get("restart") != "no":
-                    one.unhealthy = True
-                    self.tell({"do": "signal", "key": one.tid, "number": int(signal.SIGKILL)})
-                    return
-
-    def _healthy(self, one: Unit, word: str) -> None:
-        if one.health != word:
-            one.health = word
-            self.event(f"health-{word}", one)
-            one.touch()
-
-    # Warm sandboxes.
-
-    def refill(self) -> None:
-        """See to it, in a while, that a sandbox waits for every tenant that is to have one."""
-        self._refill_wanted = True
-        if (self._refill_task is None or self._refill_task.done()) and not self._closing:
-            self._refill_task = asyncio.get_running_loop().create_task(self._refill())
-            self._tasks.add(self._refill_task)
-            self._refill_task.add_done_callback(self._tasks.discard)
-
-    async def _refill(self) -> None:
-        while self._refill_wanted:
-            self._refill_wanted = False
-            for raw in tuple(self._cold_ones()):
-                while self._starting:
-                    await asyncio.sleep(0.02)  # whoever waits for a start goes first
-                one = self.unit_of(raw["tid"], raw["name"])
-                if not one.runs and one.warm is None:
-                    await self._warm_up(one, raw)
-
-    async def _warm_up(self, one: Unit, raw: Raw) -> None:
-        order = {"do": "start", "kind": "warm", "root": self.root, "entry": raw, "digest": raw.get("digest")}
-        try:
-            await self._ask(order)
-        except IsochamberError as error:
-            if not one.runs:  # else somebody was faster, and started it
-                one.warm_failed = raw.get("digest")
-                self.event("error", one, error=error.line())
-
-    def _cold_ones(self) -> Iterable[Raw]:
-        for raw in self.containers.all():
-            if not containers.service(raw).get("warm"):
-                continue
-            one = self.units.get(raw["tid"])
-            if one is None or not (
-                one.runs
-                or one.warm is not None
-                or one.warm_failed == raw.get("digest")
-                or one.restart_timer is not None
-            ):
-                yield raw
-
-    def memory_of_warm(self, one: Unit) -> int | None:
-        """Return the pid of the process that waits, for whoever counts its memory."""
-        return None if one.warm is None else int(one.warm["pid"])
 
 
 def log_directory(root: str, tid: str) -> str:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 VERSION = 1  # of what nursery and supervisor say to each other
 MAXIMUM = 1 << 16  # bytes a packet
 MOST_DESCRIPTORS = 8
+_LONG = b'{"long":true}'
 
 
 def dump(value: object) -> str:
@@ -40,13 +41,17 @@ def dump(value: object) -> str:
 
 def send(end: _socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
     """Send one message; raises OSError (BlockingIOError where the end is non-blocking and full)."""
-    packet = dump(message).encode()
+    send_packet(end, dump(message).encode(), descriptors)
+
+
+def send_packet(end: _socket.socket, packet: bytes, descriptors: tuple[int, ...] = ()) -> None:
+    """Send one message that is JSON already; raises OSError."""
     memory = -1
     if len(packet) > MAXIMUM:
         memory = os.memfd_create("long", os.MFD_CLOEXEC)
         with open(memory, "wb", closefd=False) as file:
             file.write(packet)
-        packet = b'{"long":true}'
+        packet = _LONG
         descriptors = (memory, *descriptors)
     extra = []
     if descriptors:
@@ -60,19 +65,32 @@ def send(end: _socket.socket, message: dict[str, Any], descriptors: tuple[int, .
 
 def receive(end: _socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """Return the next message and its descriptors, (None, []) at the end. Raises OSError, ValueError."""
-    packet, descriptors = receive_packet(end)
+    packet, descriptors = receive_json(end)
     if not packet:
         return None, []
-    message = lean.parse(packet)
-    if isinstance(message, dict) and message.get("long") and descriptors:
-        memory = descriptors.pop(0)
-        with open(memory, "rb") as file:
-            file.seek(0)
-            message = lean.parse(file.read())
-    if not isinstance(message, dict):
+    try:
+        return parse(packet), descriptors
+    except ValueError:
         close_all(descriptors)
+        raise
+
+
+def parse(packet: bytes) -> dict[str, Any]:
+    """Return the message that ``packet`` is; raises ValueError."""
+    message = lean.parse(packet)
+    if not isinstance(message, dict):
         raise ValueError("a message is no object")
-    return message, descriptors
+    return message
+
+
+def receive_json(end: _socket.socket) -> tuple[bytes, list[int]]:
+    """Return the next message as the JSON that it is, however it came, and its descriptors. Raises OSError."""
+    packet, descriptors = receive_packet(end)
+    if packet == _LONG and descriptors:
+        with open(descriptors.pop(0), "rb") as file:
+            file.seek(0)
+            packet = file.read()
+    return packet, descriptors
 
 
 def receive_packet(end: _socket.socket, size: int = MAXIMUM) -> tuple[bytes, list[int]]:

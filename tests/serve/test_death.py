@@ -151,7 +151,7 @@ def test_the_nursery_holds_nothing_of_a_tenant_that_has_ended(world: World, add:
         if not number % 7:
             assert world.cli("run", tenant.name).returncode == 0
             world.output("exec", keeper.name, "/bin/true")
-    assert descriptors_of(nursery) == before
+    eventually(lambda: descriptors_of(nursery) == before, "nothing is left, and a spare process waits again")
     assert sum(descriptors_of(world.process.pid).values()) <= sum(ours.values()) + 2  # a hang-up may be on its way
     assert Path(f"/proc/{nursery}/task").is_dir()
     assert len(os.listdir(f"/proc/{nursery}/task")) == 1  # it forks: no threads
@@ -189,3 +189,44 @@ def test_an_ipc_directory_that_the_host_daemon_made_anew_is_bound_into_who_runs(
     assert "Read-only" in refused.stderr
     mounts = world.output("exec", tenant.name, "/bin/grep", "-c", "tenant_ipc", "/proc/self/mountinfo")
     assert mounts == "1\n"
+
+
+def test_a_nursery_is_replaced_while_tenants_run_and_each_keeps_its_own_until_they_end(world: World, add: Add) -> None:
+    logs = {"size": 10_000_000, "count": 2, "journald": False}
+    running, other = add(argv=COUNTING, service={"logs": logs}), add()
+    world.begin()
+    world.ask("start", running.name)
+    former, pid = nursery_of(running), world.row(running)["pid"]
+    world.ask("renew")
+    world.ask("start", other.name)
+    new = nursery_of(other)
+    assert (nursery_of(running), world.row(running)["pid"]) == (former, pid)
+    assert new != former
+    assert world.output("exec", running.name, "/bin/echo", "in") == "in\n"  # by who holds it
+    world.kill()  # the next supervisor finds both
+    world.begin()
+    assert (world.row(running)["state"], world.row(running)["pid"]) == ("running", pid)
+    assert world.row(other)["state"] == "running"
+    world.ask("stop", running.name, time=0)
+    assert gone(running)
+    eventually(lambda: not Path(f"/proc/{former}").exists(), "the former nursery ends with its last tenant")
+    world.ask("start", running.name)
+    assert nursery_of(running) == new
+    lines = ([line["text"] for line in world.stream("logs", tenant=running.name)] for _ in iter(int, 1))
+    eventually(lambda: next(lines).count("1") == 2, "both runs are in its log")
+    assert world.row(other)["state"] == "running"
+
+
+def test_a_former_nursery_that_is_killed_takes_only_its_own_tenants_along(world: World, add: Add) -> None:
+    always, other = add(service={"restart": "always"}), add()
+    world.begin()
+    world.ask("wait", always.name, condition="running")
+    former = nursery_of(always)
+    world.ask("renew")
+    world.ask("start", other.name)
+    pid = world.row(other)["pid"]
+    begun = time.time()
+    os.kill(former, signal.SIGKILL)
+    world.event("start", always, begun)
+    assert nursery_of(always) == nursery_of(other)
+    assert world.row(other)["pid"] == pid

@@ -16,7 +16,7 @@ from isochamber.launch import records
 from isochamber.serve import client, logs
 from tests.launch import tenants
 from tests.launch.tenants import Tenant
-from tests.serve.world import DEADLINE, World, descriptors_of, nursery_of
+from tests.serve.world import DEADLINE, World, descriptors_of, eventually, nursery_of
 
 Add = Callable[..., Tenant]
 
@@ -104,7 +104,7 @@ def _soak(world: World, add: Add, starts: int, kills: int) -> float:
     assert nursery_of(keeper) == nursery  # the one that was there at the start
     world.ask("stop", *(tenant.name for tenant in everyone), time=0)
     _settle(world, everyone)
-    assert _traces(nursery) == before
+    eventually(lambda: _traces(nursery) == before, "nothing is left, and a spare process waits again")
     assert Path(paths.serve_file("nursery.log")).read_text() == ""
     for group in groups:
         _nothing_lost(world, group[0], exact=True)

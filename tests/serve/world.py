@@ -154,7 +154,7 @@ class World:
 
 def end_nursery() -> None:
     """End the nursery, and wait until it and everything in it has ended."""
-    end = link._connect()
+    end = link.connect()
     if end is None:
         return
     wire.send(end, {"do": "list", "id": 1})

@@ -1,0 +1,158 @@
+"""The process that becomes the next tenant, forked ahead: a start that somebody waits for does not wait for fork(2).
+
+It is PID 1 of a PID namespace of its own inside the nursery's, has closed everything of
+the nursery's but one end of a channel, knows nothing of any tenant, and ends when that
+end hangs up. It is the host's root as the nursery is, for it is to mount; what the tenant
+must not have it gives up in the same steps as every start (start.tenant_side).
+
+It is given the order as soon as that comes, to read while the nursery prepares the start,
+and then what was prepared, with the descriptors.
+"""
+
+from __future__ import annotations
+
+import _socket
+import gc
+import os
+import sys
+
+from isochamber import paths
+from isochamber.errors import EXIT_OURS, IsochamberError
+from isochamber.launch import cgroup, channel, records, seccomp, start, syscalls
+from isochamber.launch.entry import Entry
+from isochamber.launch.lean import signal
+from isochamber.serve import wire
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+_LARGEST = 1 << 16  # bytes of a filter: 4096 instructions (seccomp(2)) are half of it
+_NAMESPACES = start.TENANT_NAMESPACES & ~syscalls.CLONE_NEWPID
+
+
+class Spare:
+    """The waiting process, as the nursery holds it."""
+
+    __slots__ = ("end", "host_pid", "pid", "pidfd", "start_time")
+
+    def __init__(self) -> None:
+        """Fork it; raises IsochamberError."""
+        self.end, theirs = channel.pair()
+        try:
+            self.pid, self.pidfd = syscalls.clone3(syscalls.CLONE_NEWPID)
+        except OSError as error:
+            self.end.close()
+            theirs.close()
+            raise IsochamberError.from_os(
+                error, stage="launch", hint="are namespaces enabled on this kernel?"
+            ) from error
+        if self.pid == 0:
+            _become(theirs)
+        theirs.close()
+        self.host_pid = records.pid_of(self.pidfd)
+        self.start_time = records.start_time(self.host_pid)
+
+    def read(self, packet: bytes) -> None:
+        """Let it read the order. Raises OSError."""
+        wire.send_packet(self.end, packet)
+
+    def go(self, prepared: start.Prepared, ours: list[int]) -> None:
+        """Let it become the tenant, with ``ours`` as its descriptors 0, 1 and 2. Raises OSError."""
+        filters = prepared.filters
+        message = {
+            "v1": prepared.groups.v1, "v2": prepared.groups.v2, "highest": prepared.highest_capability,
+            "namespaces": prepared.host_namespaces, "notify": prepared.notify, "flags": filters.flags,
+            "filters": len(filters.programs), "learned": filters.learned is not None,
+        }  # fmt: skip
+        wire.send(self.end, message, (*ours, prepared.user, prepared.net))
+        for program in (*filters.programs, *([] if filters.learned is None else [filters.learned])):
+            self.end.send(program, _socket.MSG_NOSIGNAL)
+
+    def discard(self) -> None:
+        """End it."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        self.end.close()
+
+
+def entry_of(order: dict[str, Any]) -> Entry:
+    """Return what an order wants to be started; raises IsochamberError."""
+    entry = Entry(order["entry"])
+    if order.get("argv"):
+        entry.argv = order["argv"]
+    entry.env.update(order.get("env") or {})
+    return entry
+
+
+def _become(end: _socket.socket) -> None:
+    """The waiting process itself. Never returns."""
+    try:
+        gc.disable()  # what it does takes milliseconds
+        close_all_but(end.fileno())
+        score(0)
+        packet, _ = wire.receive_json(end)
+        if packet:
+            order = wire.parse(packet)
+            entry = entry_of(order)
+            prepared = _prepared(end, order, entry)
+            if prepared is not None:
+                syscalls.unshare(_NAMESPACES)  # only now: what the host has mounted meanwhile is in it
+                start.tenant_side(prepared, end)
+    except BaseException:  # a bug of ours: in the log, and the end of the channel says that nothing was started
+        sys.excepthook(*sys.exc_info())
+    finally:
+        os._exit(EXIT_OURS)
+
+
+def _prepared(end: _socket.socket, order: dict[str, Any], entry: Entry) -> start.Prepared | None:
+    """Hear what the nursery has prepared; None when it will not be needed."""
+    told, descriptors = wire.receive(end)
+    if told is None:
+        return None
+    filters = seccomp.Filters.__new__(seccomp.Filters)
+    filters.flags = told["flags"]
+    filters.programs = [end.recv(_LARGEST) for _ in range(told["filters"])]
+    filters.learned = end.recv(_LARGEST) if told["learned"] else None
+    made = start.Prepared.__new__(start.Prepared)
+    made.root, made.entry, made.filters = order["root"], entry, filters
+    made.terminal, made.waits, made.spare, made.lock = bool(order.get("terminal")), order["kind"] == "warm", True, -1
+    made.groups = cgroup.Groups(told["v1"], told["v2"])
+    made.highest_capability, made.host_namespaces = told["highest"], told["namespaces"]
+    made.notify = told["notify"]
+    if made.notify is not None:
+        entry.env["NOTIFY_SOCKET"] = paths.NOTIFY_INSIDE
+    *standard, made.user, made.net = descriptors
+    for number, descriptor in enumerate(standard):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    return made
+
+
+def close_all_but(*kept: int) -> None:
+    """Close every descriptor above 2 but ``kept``: at once, and not at the exec.
+
+    With hundreds of tenants it is more than the tenant's own limit of open files lets it have.
+    """
+    last = 2
+    for descriptor in sorted(kept):
+        if descriptor > last + 1:
+            syscalls.close_range(last + 1, descriptor - 1)
+        last = max(last, descriptor)
+    syscalls.close_range(last + 1)
+
+
+def score(value: int) -> None:
+    """Say how likely we are killed when memory is short (proc_pid_oom_score_adj(5)); not allowed everywhere."""
+    try:
+        descriptor = os.open("/proc/self/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(descriptor, b"%d" % value)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        pass

@@ -1,0 +1,166 @@
+"""The nursery's orders to start a tenant: cold, from a sandbox that waits, or a sandbox that is to wait."""
+
+from __future__ import annotations
+
+import _socket
+import os
+import time
+
+from isochamber import paths
+from isochamber.errors import IsochamberError
+from isochamber.launch import cgroup, channel, handover, records, start, verify
+from isochamber.launch.entry import Entry
+from isochamber.launch.lean import signal
+from isochamber.serve import held as holding
+from isochamber.serve import spare
+from isochamber.serve.held import Held
+from isochamber.serve.ring import Ring
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from isochamber.serve.nursery import Nursery
+
+
+class Starts:
+    """Starts tenants for a nursery, each from the spare process that waits."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        self._nursery = nursery
+        self._trees = cgroup.Remembered()
+        self._namespaces = verify.namespaces()
+        self._spare: spare.Spare | None = None
+
+    def keep_a_spare(self) -> None:
+        """Fork the next tenant's process, while nobody waits for a start."""
+        if self._spare is None and not self._nursery.loop.over:
+            waited_for = any(held.setup is not None and held.kind != "warm" for held in self._nursery.held.values())
+            if not waited_for:
+                try:
+                    self._spare = spare.Spare()
+                except IsochamberError:
+                    pass  # who wants to start something will be told
+
+    def let_go_of_the_spare(self) -> None:
+        """End it: there will be no next start."""
+        if self._spare is not None:
+            self._spare.discard()
+            self._spare = None
+
+    def start(self, order: dict[str, Any], packet: bytes, descriptors: list[int]) -> None:
+        """Start what ``order`` (``packet`` is its text) says. Raises IsochamberError, OSError."""
+        entry = spare.entry_of(order)
+        kind = order["kind"]
+        client = _socket.socket(fileno=descriptors.pop(0)) if kind == "run" else None
+        try:
+            waiting = self._nursery.held.get(entry.tid)
+            if waiting is not None and waiting.kind == "warm" and waiting.status is None and kind != "warm":
+                usable = waiting.note == order.get("digest") and not order.get("terminal") and not order.get("env")
+                if usable and waiting.setup is not None:
+                    self._hand_over(waiting, order, descriptors, client)
+                    return
+                self.throw_away(waiting)
+            self._cold(entry, order, packet, descriptors, client)
+        except IsochamberError as error:
+            error.tenant = entry.name
+            if client is not None:
+                channel.send_failure(client, error.stage, error)
+                client.close()
+            raise
+
+    def _cold(
+        self, entry: Entry, order: dict[str, Any], packet: bytes, descriptors: list[int], client: _socket.socket | None
+    ) -> None:
+        kind = order["kind"]
+        held = Held(entry.tid, kind, entry.tid, entry.name)
+        held.note = order.get("digest") if kind == "warm" else order.get("note")
+        held.client = client
+        process, self._spare = self._spare or spare.Spare(), None
+        prepared = None
+        ours: list[int] = []
+        try:
+            process.read(packet)  # it does while we go on
+            prepared = start.Prepared(
+                order["root"], entry, own_terminal=bool(order.get("terminal")), waits=kind == "warm",
+                trees=self._trees.trees, namespaces=self._namespaces,
+            )  # fmt: skip
+            held.prepared = prepared
+            self._make_notify(held, entry)
+            prepared.notify = held.notify.getsockname() if held.notify else None
+            if kind != "warm":
+                ours, held.pipes = holding.stdio(kind, descriptors)
+            if kind == "service":
+                held.ring = Ring(order["logs"], entry.service.log_size, entry.service.log_count)  # type: ignore[union-attr] # only a plan has none
+            process.go(prepared, ours)
+            held.setup, held.pid, held.pidfd = process.end, process.pid, process.pidfd
+            held.host_pid, held.start_time = process.host_pid, process.start_time
+            self._record(held, waits=prepared.waits)
+        except BaseException:
+            held.client = held.setup = None  # the caller tells it
+            held.pidfd = -1
+            process.discard()
+            held.close()
+            held.clean_up()
+            raise
+        finally:
+            if not descriptors:
+                for descriptor in ours:
+                    os.close(descriptor)
+            if prepared is not None:
+                prepared.close()
+        self._nursery.held[held.key] = held
+        self._nursery.tending.watch_all(held)
+        self._nursery.report({"on": "started", "id": order.get("id"), **held.describe()})
+        if client is not None:
+            channel.send_started(client, held.pidfd)
+
+    def _record(self, held: Held, *, waits: bool) -> None:
+        group = held.prepared.groups.v2 if held.prepared else None
+        record = records.Record(held.host_pid, self._nursery.own_pid, held.start_time, group, True, waits)
+        records.write(held.tid, record)
+
+    def _make_notify(self, held: Held, entry: Entry) -> None:
+        if entry.service is None or entry.service.ready != "notify" or held.kind == "run":
+            return
+        path = paths.serve_file(f"notify-{entry.tid}")
+        try:
+            os.unlink(path)
+        except FileNotFoundError:
+            pass
+        held.notify = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
+        held.notify.bind(path)
+        os.chmod(path, 0o666)  # noqa: S103 - its directory is root's alone: the tenant's bind is the only way to it
+        entry.env["NOTIFY_SOCKET"] = paths.NOTIFY_INSIDE
+
+    def _hand_over(
+        self, held: Held, order: dict[str, Any], descriptors: list[int], client: _socket.socket | None
+    ) -> None:
+        """Give the tenant that waits its descriptors and let it go on."""
+        entry = held.prepared.entry if held.prepared else None
+        if entry is None or entry.service is None or held.setup is None:
+            raise IsochamberError("was just thrown away", stage="nursery", hint="try again")
+        held.kind, held.note, held.client = order["kind"], order.get("note"), client
+        ours, held.pipes = holding.stdio(held.kind, descriptors)
+        try:
+            handover.send(held.setup, order.get("argv") or [], ours)
+        finally:
+            if not descriptors:
+                for descriptor in ours:
+                    os.close(descriptor)
+        if held.kind == "service":
+            held.ring = Ring(order["logs"], entry.service.log_size, entry.service.log_count)
+        held.started_at = time.time()
+        for descriptor in held.pipes:
+            self._nursery.tending.watch_pipe(held, descriptor)
+        if client is not None:
+            self._nursery.tending.watch_client(held)
+            channel.send_started(client, held.pidfd)
+        self._record(held, waits=False)
+        self._nursery.report({"on": "started", "id": order.get("id"), "was_warm": True, **held.describe()})
+
+    def throw_away(self, held: Held) -> None:
+        """Kill a warm sandbox and wait for its end: its lock is wanted. Milliseconds: it holds one process."""
+        held.kill(signal.SIGKILL)
+        self._nursery.tending.ended(held)
+        self._nursery.held.pop(held.key, None)
