@@ -241,8 +241,9 @@ def cuts(peer: str, number: int, seed: int, directory: Path) -> dict[str, list[s
         place = Path(tempfile.mkdtemp(dir=directory))
         disk.make(state, place / "image")
         found[str(state)] = _apart(peer, "judge", place, shared=str(directory), before=done[2], after=after[2])
-        sys.stderr.write("x" if found[str(state)] else ".")
-        sys.stderr.flush()
+        for what in found[str(state)]:
+            sys.stdout.write(f"{len(found)}: {str(state)[:160]}: {what}\n")
+        sys.stdout.flush()
         shutil.rmtree(place)
     disk.close()
     return found
@@ -261,9 +262,6 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="isochamber-test-", dir="/dev/shm") as directory:
         found = cuts(given.peer, given.cuts, given.seed, Path(directory))
-    for state, wrong in found.items():
-        for what in wrong:
-            sys.stdout.write(f"{state[:160]}: {what}\n")
     kinds = collections.Counter(kind for wrong in found.values() for kind in {what.partition(":")[0] for what in wrong})
     broken = sum(bool(wrong) for wrong in found.values())
     sys.stdout.write(f"{given.peer}: {broken} of {len(found)} broken; {dict(kinds)}\n")
