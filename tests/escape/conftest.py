@@ -15,12 +15,16 @@ OUTCOMES: dict[str, tuple[Outcome, str]] = {}  # attempt -> what became of it, a
 
 
 @pytest.fixture(scope="session")
-def worlds(make_root: Callable[[], Path], scratch: Path) -> Iterator[Worlds]:
-    """A state directory with a base, the compiled probe, and a host to be harmed."""
+def worlds(make_root: Callable[[], Path], scratch: Path, request: pytest.FixtureRequest) -> Iterator[Worlds]:
+    """A state directory with a base, the compiled probe, and a host to be harmed; batches hold what is asked for."""
+    asked = {
+        item.callspec.params.get("attempt") for item in request.session.items if hasattr(item, "callspec")
+    }  # fmt: skip
+    attempts = [attempt for attempt in table.ATTEMPTS if attempt in asked]
     root = make_root()
     State(root).create()  # before there are tenants, who are made by hand here
     (product,) = (root / "base_fs").iterdir()
-    made = Worlds(root, f"base_fs/{product.name}/rootfs", compile_probe(scratch), scratch, table.ATTEMPTS)
+    made = Worlds(root, f"base_fs/{product.name}/rootfs", compile_probe(scratch), scratch, attempts)
     yield made
     made.close()
 

@@ -43,6 +43,7 @@ mkdir "$WORK/upper" "$WORK/work" "$WORK/root"
 mount -t overlay -o "lowerdir=$LOWERS,upperdir=$WORK/upper,workdir=$WORK/work" overlay "$WORK/root"
 cd "$WORK/root"
 chroot . depmod "$RELEASE"
+chroot . systemctl enable --quiet isochamber-guest.service
 chroot . python3 -m venv --without-pip "$INSIDE/.venv"
 mkdir -p srv var/tmp
 mknod -m 666 dev/null c 1 3
@@ -92,14 +93,19 @@ def _project_tree(tree: Path, kernel: Kernel) -> None:
     (tree / "usr/sbin").mkdir(parents=True)
     shutil.copyfile(GUEST / "init.sh", tree / "usr/sbin/isochamber-guest")
     (tree / "usr/sbin/isochamber-guest").chmod(0o755)
-    # For the tests of power cuts: a base of one program.
     for source, target in (
+        (PROJECT / "data/bin/isochamber", inside / ".venv/bin/isochamber"),
+        # For the tests of power cuts and units: a base of one program.
         (GUEST / "mmdebstrap", tree / "usr/local/bin/mmdebstrap"),
         (kernel.busybox, tree / "usr/lib/isochamber-guest/busybox"),
     ):
-        target.parent.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, target)
         target.chmod(0o755)
+    # For a machine whose PID 1 is systemd.
+    units = tree / "etc/systemd/system"
+    units.mkdir(parents=True)
+    shutil.copyfile(GUEST / "agent.service", units / "isochamber-guest.service")
 
 
 def _layer(root: Path, directory: Path) -> tuple[Path, Path]:
