@@ -52,7 +52,6 @@ def test_applying_twice_changes_nothing(two: World) -> None:
     assert _kernel(two) == before
 
 
-@pytest.mark.guest
 def test_deleting_a_tenant_removes_all_of_it_and_the_last_one_the_rest(two: World) -> None:
     port, tid = two.member("a").port, two.entries["a"]["tid"]
     two.remove("a")
