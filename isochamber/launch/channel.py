@@ -65,8 +65,14 @@ def send_listener(end: _socket.socket, descriptor: int) -> None:
 
 
 def send_go(end: _socket.socket) -> None:
-    """Say that the listener is taken."""
+    """Say that the listener is taken, or that the groups are made."""
     _send(end, Word.GO)
+
+
+def await_groups(end: _socket.socket) -> None:
+    """Wait until the other side has made the control groups; raises IsochamberError when it has given up."""
+    if end.recv(messages.MAXIMUM)[:1] != Word.GO:
+        raise IsochamberError("nobody wants it any more", stage="launch")
 
 
 def send_ended(end: _socket.socket, status: int) -> None:

@@ -55,25 +55,28 @@ class Prepared:
     """What the host side made before the clone: descriptors, all close-on-exec."""
 
     __slots__ = (
-        "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "notify", "root",
-        "spare", "terminal", "user", "waits",
+        "allowed", "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "notify",
+        "root", "spare", "terminal", "trees", "user", "waits",
     )  # fmt: skip
 
     def __init__(
         self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False, listens: bool = False,
-        trees: Callable[[], cgroup.Trees] = cgroup.trees, namespaces: dict[str, int] | None = None,
+        spare: bool = False, trees: Callable[[], cgroup.Trees] = cgroup.trees,
+        namespaces: dict[str, int] | None = None,
     ) -> None:  # fmt: skip
         """Do the host side's steps; raises IsochamberError, and leaves at most the pins.
 
         Who ``listens`` takes what the learned filter hands over: see seccomp.Filters.
         A tenant that ``waits`` is set up until the exec, and goes on when it is handed over.
+        A ``spare`` first process is there already, and makes its mounts while :meth:`make_groups` is called.
         Who starts many knows its own ``namespaces``, and where the cgroup ``trees`` are.
         """
         self.root = root
         self.entry = entry
         self.terminal = own_terminal
         self.waits = waits
-        self.spare = False  # its first process was there before: it enters every group by itself
+        self.spare = spare
+        self.trees = trees
         self.groups = cgroup.Groups({}, None)
         self.notify: str | None = None  # the host's socket that the tenant tells its readiness
         # Only one start at a time may see the upper.
@@ -86,10 +89,10 @@ class Prepared:
                 disk.attach(root, entry.tid)
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
             join.ensure(root, entry, self.net)
-            allowed = devicegroup.rules(entry.devices)
-            self.groups = cgroup.make(entry.tid, [*limits.controllers(entry.limits), devicegroup.CONTROLLER], trees())
-            limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_for(entry.limits, root))
-            devicegroup.apply(self.groups, allowed)
+            self.allowed = devicegroup.rules(entry.devices)
+            self.groups = cgroup.groups_of(entry.tid, self._controllers(), trees())
+            if not spare:
+                self.make_groups()
             self.filters = seccomp.Filters(root, entry.seccomp, listens=listens)
             self.highest_capability = capabilities.last()
             self.host_namespaces = namespaces or verify.namespaces()
@@ -101,6 +104,16 @@ class Prepared:
                 pass  # the next start of the tenant makes them anew
             records.unlock(self.lock)
             raise
+
+    def _controllers(self) -> list[str]:
+        return [*limits.controllers(self.entry.limits), devicegroup.CONTROLLER]
+
+    def make_groups(self) -> None:
+        """Make the control groups, with every limit and the fence of the devices in force. Raises IsochamberError."""
+        entry = self.entry
+        self.groups = cgroup.make(entry.tid, self._controllers(), self.trees())
+        limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_for(entry.limits, self.root))
+        devicegroup.apply(self.groups, self.allowed)
 
     def close(self) -> None:
         """Close what only the clone needs; the lock stays with who keeps the tenant."""
@@ -180,14 +193,9 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     os.setsid()  # the operator's terminal is not ours to control
     os.umask(0o022)
     os.chdir(prepared.root)  # lowerdir= takes relative paths, which no ":" of the operator's can break
-    step("enter the control groups")
-    cgroup.enter(prepared.groups, v2=prepared.spare)  # before the tenant can have done anything
-
     step("join the network namespace")
     if entry.network != "host":
         syscalls.setns(prepared.net, syscalls.CLONE_NEWNET)
-    step("make the cgroup namespace")
-    syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its roots are the groups that we are in
     step("clone the IPC directory")
     ipc_mount = None if entry.ipc is None else ipc.clone(entry.ipc, prepared.user)  # while still the host's peer
     step("make the mounts private")
@@ -213,6 +221,12 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     _bind_extras(root, entry, prepared.user, prepared.notify)
     step("make the terminal")
     slave = _make_terminal(root, entry, messages) if prepared.terminal else None
+    step("enter the control groups")
+    if prepared.spare:
+        channel.await_groups(messages)
+    cgroup.enter(prepared.groups, v2=prepared.spare)  # before anything of the tenant's is run
+    step("make the cgroup namespace")
+    syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its roots are the groups that we are in
     step("enter the root")
     mounts.enter(root)  # pivot_root, and the old root detached
     step("write-protect the root")

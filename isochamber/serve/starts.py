@@ -83,7 +83,7 @@ class Starts:
             process.read(packet)  # it does while we go on
             prepared = start.Prepared(
                 order["root"], entry, own_terminal=bool(order.get("terminal")), waits=kind == "warm",
-                trees=self._trees.trees, namespaces=self._namespaces,
+                spare=True, trees=self._trees.trees, namespaces=self._namespaces,
             )  # fmt: skip
             held.prepared = prepared
             self._make_notify(held, entry)
@@ -93,9 +93,11 @@ class Starts:
             if kind == "service":
                 held.ring = Ring(order["logs"], entry.service.log_size, entry.service.log_count)  # type: ignore[union-attr] # only a plan has none
             process.go(prepared, ours)
+            prepared.make_groups()  # while it makes its mounts
             held.setup, held.pid, held.pidfd = process.end, process.pid, process.pidfd
             held.host_pid, held.start_time = process.host_pid, process.start_time
             self._record(held, waits=prepared.waits)
+            channel.send_go(process.end)
         except BaseException:
             held.client = held.setup = None  # the caller tells it
             held.pidfd = -1

@@ -77,7 +77,7 @@ class started:  # noqa: N801 - reads as the context manager it is
     def __enter__(self) -> records.Record:
         assert self.launcher.stdout is not None
         assert self.launcher.stdout.readline() == "ready\n"
-        record = records.running(self.tenant.tid)
+        record = records.settled(self.tenant.tid)  # its keeper writes it meanwhile
         assert record is not None
         return record
 

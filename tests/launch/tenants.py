@@ -155,7 +155,7 @@ class Started:
         self.tenant = tenant
         self.launcher = launcher
         assert self.line() == "ready"
-        record = records.running(tenant.tid)
+        record = records.settled(tenant.tid)  # its keeper writes it meanwhile
         assert record is not None
         self.record = record
 

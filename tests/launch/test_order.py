@@ -10,15 +10,13 @@ SOURCE = PROJECT / "isochamber" / "launch" / "start.py"
 ARCHITECTURE = PROJECT / "docs" / "explanation" / "architecture.md"
 
 HOST_SIDE = [
-    "records.lock", "ipc.check", "pins.ensure", "join.ensure", "cgroup.make", "limits.apply", "seccomp.Filters",
+    "records.lock", "ipc.check", "pins.ensure", "join.ensure", "self.make_groups", "seccomp.Filters",
     "capabilities.last", "verify.namespaces",
 ]  # fmt: skip
 
 TENANT_SIDE = [
     "close this process to others",
-    "enter the control groups",
     "join the network namespace",
-    "make the cgroup namespace",
     "clone the IPC directory",
     "make the mounts private",
     "map the lowers",
@@ -31,6 +29,8 @@ TENANT_SIDE = [
     "bind the IPC directory",
     "bind the extra directories",
     "make the terminal",
+    "enter the control groups",
+    "make the cgroup namespace",
     "enter the root",
     "write-protect the root",
     "set the hostname",
@@ -67,17 +67,20 @@ def test_the_steps_of_the_tenants_side_are_in_the_architectures_order() -> None:
 
 def test_the_steps_of_the_hosts_side_are_in_order() -> None:
     assert [call for call in _calls(_function("__init__")) if call in HOST_SIDE] == HOST_SIDE
+    groups = ["cgroup.make", "limits.apply", "devicegroup.apply"]
+    assert [call for call in _calls(_function("make_groups")) if call in groups] == groups
 
 
 def test_each_step_is_what_its_name_says() -> None:
     """The calls that decide, in the order they are made: a renamed step can't hide a moved call."""
     decisive = [
-        "syscalls.prctl", "os.setsid", "cgroup.enter", "syscalls.setns", "syscalls.unshare", "ipc.clone",
-        "mounts.make_private", "mounts.map_lowers", "mounts.mount_overlay", "mounts.mount_kernel_views", "devices.make",
-        "mounts.mount_tmpfs", "masking.apply", "_bind_home", "mounts.attach", "_bind_extras", "_make_terminal",
-        "mounts.enter", "mounts.write_protect", "syscalls.sethostname", "rlimits.apply", "syscalls.setns", "_take_ids",
-        "capabilities.keep_only", "syscalls.prctl", "landlock.apply", "verify.inside", "handover.wait",
-        "terminal.become_controlling", "syscalls.close_range_on_exec", "_reset_signals", "seccomp.load", "_execute",
+        "syscalls.prctl", "os.setsid", "syscalls.setns", "ipc.clone", "mounts.make_private", "mounts.map_lowers",
+        "mounts.mount_overlay", "mounts.mount_kernel_views", "devices.make", "mounts.mount_tmpfs", "masking.apply",
+        "_bind_home", "mounts.attach", "_bind_extras", "_make_terminal", "channel.await_groups", "cgroup.enter",
+        "syscalls.unshare", "mounts.enter", "mounts.write_protect", "syscalls.sethostname", "rlimits.apply",
+        "syscalls.setns", "_take_ids", "capabilities.keep_only", "syscalls.prctl", "landlock.apply", "verify.inside",
+        "handover.wait", "terminal.become_controlling", "syscalls.close_range_on_exec", "_reset_signals",
+        "seccomp.load", "_execute",
     ]  # fmt: skip
     made = [*_calls(_function("_become")), *_calls(_function("_become_tenant"))]
     assert [call for call in made if call in decisive] == decisive
