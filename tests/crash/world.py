@@ -30,6 +30,8 @@ echo log > "$target/var/log/bootstrap.log"
 """
 SCRIPT = "#!/bin/sh\nset -e\nread line < /home/settings\necho $line > /etc/made\necho left > /home/left\n"
 PROGRAM = "#!/bin/sh\necho here\n"
+_environment = bootstrap.environment
+
 KEPT = ("base_fs", "layers", "tenants_fs", "tenants_persist")
 UID_FILES = "lowers"
 
@@ -71,15 +73,12 @@ class World:
 
     def pipeline(self) -> Pipeline:
         """Return a fresh one, quiet, with the stand-in in front of the real tool."""
-        bootstrap_environment = bootstrap.environment
 
         def environment(settings: Path) -> dict[str, str]:
-            found = bootstrap_environment(settings)
-            return {**found, "PATH": f"{self.tools}:{found['PATH'].removeprefix(f'{self.tools}:')}"}
+            found = _environment(settings)
+            return {**found, "PATH": f"{self.tools}:{found['PATH']}"}
 
-        if not hasattr(bootstrap, "stood_in"):
-            bootstrap.environment = environment
-            bootstrap.stood_in = True  # type: ignore[attr-defined] # a mark of ours
+        bootstrap.environment = environment  # of this world, whichever was before it in this process
         return Pipeline(load.load(self.file), Reporter(quiet=True))
 
     def copy(self, to: Path) -> "World":
