@@ -18,7 +18,7 @@ STAMP = "/usr/local/bin/stamp"
 
 _TENANTS = """\
 root: {root}
-defaults: {{ipc: {ipc}}}
+defaults: {{ipc: {ipc}, install_network: host}}
 bases:
   default:
     files: {{{stamp}: {scratch}/stamp}}

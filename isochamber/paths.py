@@ -52,7 +52,7 @@ def namespace_pin(tid: str, kind: str) -> str:
 
 
 def network_file(tid: str, name: str) -> str:
-    """Return a file of the tenant's network, beside its pin: "network", "resolv.conf" or "hosts"."""
+    """Return a file of the tenant's network, beside its pin: "network", "resolv.conf", "hosts" or "build"."""
     return f"{run_directory()}/ns/{tid}/{name}"
 
 

@@ -27,6 +27,12 @@ from isochamber.spec.model import Tenant
 _FORMAT = "1"  # of what is done to a layer besides running the script: another number is another layer
 _OBSERVED = "observed"  # key of a layer's manifest.extra: path -> digest as it was seen
 _FILE = "/home/"  # begins the name of an input that is a file: no package can have one called "base"
+# What a failing script may have missed.
+_NETWORKS = {
+    "bridge": "; it reached no service of this host (install_network)",
+    "none": "; it had no network (install_network)",
+    "host": "",
+}
 _TOLD = 20  # things left out of a layer that are named one by one
 
 
@@ -185,7 +191,8 @@ def _failure(tenant: Tenant, outcome: Outcome, log: os.PathLike[str], *, late: b
         stage="layer",
         tenant=tenant.name,
         path=log,
-        hint="the last lines of its log follow; the tenant's former version is untouched",
+        hint="the last lines of its log follow; the tenant's former version is untouched"
+        + _NETWORKS[tenant.install_network],
         notes=outcome.last_lines,
     )
 

@@ -1,16 +1,15 @@
 """The sandbox that an install script runs in: the tenant's own isolation, with network and a throw-away upper."""
 
+import contextlib
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import filters, limits, network, process, registry
+from isochamber.build import filters, held, limits, network, process, registry
 from isochamber.build.entry import PATH
 from isochamber.build.identity import UID_COUNT, Identity, make_owned
 from isochamber.build.process import Outcome
@@ -38,7 +37,7 @@ class Sandbox:
     stage: Path
     who: Identity
     base_product: str
-    install_network: str = "host"
+    install_network: str = "bridge"
     subnets: Subnets = field(default=Subnets())
 
     @property
@@ -74,17 +73,20 @@ class Sandbox:
     ) -> Outcome:
         """Run ``argv`` to its end, or its time limit; nothing of it is left then. Raises OSError."""
         _FILTERS.ensure(self.state)
-        plan = os.memfd_create("plan", os.MFD_CLOEXEC)
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(pins.remove, self.tid)
+            net = self._net()
+            if net is not None:
+                entry = {"tid": self.tid, "name": "", "uid_base": self.who.uid_base, "uid_count": UID_COUNT, "net": net}
+                for line in stack.enter_context(held.network(self.state, entry, tenant)):
+                    product.line(line)
+            plan = os.memfd_create("plan", os.MFD_CLOEXEC)
+            stack.callback(os.close, plan)
             with os.fdopen(os.dup(plan), "wb") as file:
                 file.write(json.dumps(self._plan(argv, env, bounds, tenant)).encode())
             os.lseek(plan, 0, os.SEEK_SET)
             words = command.argv("plan", "--root", str(self.state.root), "--fd", str(plan))
             return process.run(words, log=log, product=product, pass_fds=(plan,))
-        finally:
-            os.close(plan)
-            self._leave()
-            pins.remove(self.tid)
 
     def _net(self) -> dict[str, object] | None:
         """Return the run's own network: all of the internet and the LAN, nothing of the host, nor of tenants."""
@@ -93,17 +95,6 @@ class Sandbox:
         grant = Network(mode="bridge", egress_all=True)
         identifier = self.state.identifier
         return network.make(identifier, self.tid, self.who.uid_base, grant, self.subnets, build=True)
-
-    def _leave(self) -> None:
-        """Have the run's network removed, by a process of its own as the launcher had it made; raises OSError."""
-        net = self._net()
-        if net is None:
-            return
-        entry = {"tid": self.tid, "name": "", "uid_base": self.who.uid_base, "uid_count": UID_COUNT, "net": net}
-        subprocess.run(
-            [sys.executable, "-I", "-m", "isochamber", "--root", str(self.state.root), "net", "leave"],
-            input=json.dumps(entry).encode(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False,
-        )  # fmt: skip
 
     def _plan(self, argv: Sequence[str], env: Mapping[str, str], bounds: Limits, tenant: str) -> dict[str, object]:
         stage = self.state.relative(self.stage)

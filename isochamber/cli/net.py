@@ -1,4 +1,4 @@
-"""The verbs about networks: net ls, show, check, repair, account; and join and leave, which are called for us."""
+"""The verbs about networks: net ls, show, check, repair, account; and join and hold, which are called for us."""
 
 import argparse
 import json
@@ -93,11 +93,21 @@ def join(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def leave(arguments: argparse.Namespace) -> int:
-    """Remove one network that no entry of containers.json names: an install script's, when it has ended."""
-    entry: dict[str, Any] = json.loads(sys.stdin.buffer.read(_ENTRY_MAX))
-    with _network(arguments) as network:
-        network.remove(entry)
+def hold(arguments: argparse.Namespace) -> int:
+    """Make an install script's network, say so, and remove it when the standard input ends: its builder's death too.
+
+    The entry is the first line; the answer is a line of JSON with the resolvers, or with what went wrong.
+    """
+    entry: dict[str, Any] = json.loads(sys.stdin.buffer.readline(_ENTRY_MAX))
+    try:
+        with _network(arguments) as network, network.held(entry) as resolvers:
+            sys.stdout.write(json.dumps({"resolvers": resolvers}) + "\n")
+            sys.stdout.flush()
+            sys.stdin.buffer.read()
+    except IsochamberError as error:
+        wrong = {"what": error.what, "path": error.path, "errno": error.errno, "hint": error.hint}
+        sys.stdout.write(json.dumps(wrong) + "\n")
+        return EXIT_OURS
     return 0
 
 
@@ -112,5 +122,5 @@ def add(verbs: common.Verbs) -> None:
     added = common.add_verb(below, "show", show)
     added.add_argument("tenant", help="name or tid")
     added.add_argument("--json", action="store_true")
-    for name, function in (("repair", repair), ("account", account), ("join", join), ("leave", leave)):
+    for name, function in (("repair", repair), ("account", account), ("join", join), ("hold", hold)):
         common.add_verb(below, name, function)

@@ -27,7 +27,7 @@ _SIOCGIFFLAGS = 0x8913  # netdevice(7)
 _SIOCSIFFLAGS = 0x8914
 _IFF_UP = 1
 
-_BESIDE = ("network", "resolv.conf", "hosts")  # written by isochamber.net for this very namespace
+_BESIDE = ("network", "resolv.conf", "hosts", "build")  # written by isochamber.net for this very namespace
 
 _KINDS = {"user": syscalls.CLONE_NEWUSER, "net": syscalls.CLONE_NEWNET}
 

@@ -7,9 +7,11 @@ and mends what a cut left half-made.
 """
 
 import datetime
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Self
 
 from isochamber import paths
@@ -18,12 +20,15 @@ from isochamber.build.network import BUILDS
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import join, pins
-from isochamber.net import allowance, firewall, host, links, names, plan, resolve, shaping
+from isochamber.net import allowance, firewall, host, links, names, plan, preflight, resolve, shaping
 from isochamber.net.firewall import Facts
 from isochamber.net.host import Host
 from isochamber.net.plan import Member, Plan, Site
+from isochamber.spec.model import Network as Grant
 
 Say = Callable[[str], None]
+
+_BUILD = "build"  # a file beside the pin of an install script: its entry
 
 
 def _silent(_line: str) -> None:
@@ -118,7 +123,8 @@ class Network:
                 return
             except IsochamberError:
                 pass  # the next line says what is still wrong
-        firewall.rebuild(plan.make(entries.values()), self._forwarding_is_new(site), self.facts)
+        everyone = plan.make([*self._builds(site), *entries.values()])
+        firewall.rebuild(everyone, self._forwarding_is_new(site), self.facts)
 
     def _forwarding_is_new(self, site: Site) -> list[str]:
         """Return the interfaces between which this host forwarded nothing so far: forwarding is all or nothing."""
@@ -166,7 +172,8 @@ class Network:
             if wrong:
                 # What was made by hand in our tables or on our bridge goes with it.
                 links.check_collision(self.netlink, wanted.site)
-                firewall.rebuild(wanted, self._forwarding_is_new(wanted.site), self.facts)
+                everyone = self.plan(self._builds(wanted.site))
+                firewall.rebuild(everyone, self._forwarding_is_new(wanted.site), self.facts)
                 links.ensure_bridge(self.netlink, wanted.site, self.host)
                 self._ensure_routing(self._entries(), wanted.site)
                 for member in wanted.members.values():
@@ -180,6 +187,33 @@ class Network:
         for name in links.read(self.netlink):
             if _is_a_tenants(site, name) and name not in ours:
                 links.remove_port(self.netlink, site, name)
+
+    # Install scripts, which no entry of containers.json names.
+
+    @contextmanager
+    def held(self, entry: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+        """Have a network for an install script in the block, which gets the resolvers; raises IsochamberError."""
+        tid = entry["tid"]
+        preflight.check("", Grant(mode="bridge"))
+        # Who removes the network of a run that was killed is waited for.
+        with locks.product_lock(self._state, f"network-{tid}", self._say):
+            try:
+                self.apply(tid, [entry])
+                names.write(tid, _BUILD, json.dumps(entry))
+                yield self.host.resolvers
+            finally:
+                self.remove(entry)
+                pins.remove(tid)
+
+    def _builds(self, site: Site) -> list[Mapping[str, Any]]:
+        """Return the entries of install scripts that run now: what is rebuilt keeps theirs."""
+        running = []
+        for path in Path(paths.run_directory(), "ns").glob(f"*/{_BUILD}"):
+            with suppress(OSError, ValueError):
+                entry = json.loads(path.read_text())
+                if entry["net"]["bridge"] == site.bridge and links.find(self.netlink, entry["net"]["port"]) is not None:
+                    running.append(entry)
+        return running
 
     # Looking.
 

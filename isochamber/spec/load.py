@@ -182,7 +182,27 @@ class _Loader:
             if found is not None:
                 place = self._document.places.get(("tenants", name))
                 network = self._networks.get(name, self._default_network)
+                self._check_install(name, base, found, own, defaults)
                 yield name, _tenant(name, base, found, network, own, defaults, place, self._subnets)
+
+    def _check_install(
+        self, name: str, base: str, found: Package, own: Mapping[str, Any], defaults: Mapping[str, Any]
+    ) -> None:
+        """Refuse a proxy or mirror that the install script would not reach, unless its network was written down."""
+        if found.script is None or "install_network" in own or "install_network" in defaults:
+            return
+        places: dict[tuple[object, ...], object] = {}
+        if base in self._mapping("bases"):
+            places["bases", base, "mirror"] = (self._mapping("bases")[base] or {}).get("mirror", "")
+        for path, settings in ((("defaults",), defaults), (("tenants", name), own)):
+            for key, value in settings.get("install_env", {}).items():
+                if key.lower() in networks.PROXIES and (settings is own or key not in own.get("install_env", {})):
+                    places[(*path, "install_env", key)] = value
+        for place, value in places.items():
+            if networks.is_on_loopback(str(value)) and place not in self._wrong:
+                whose = "" if place[0] == "tenants" else f"{name}: "
+                what = f"{whose}layer: {printable(value)} is on this host's loopback, where its install script"
+                self._problem(place, f"{what} does not get; write install_network: host, or another address")
 
     def _read_networks(self) -> None:
         """Read every tenant's grant, also with ``only``: ports and peers are a matter between tenants."""
@@ -274,7 +294,7 @@ def _tenant(
         devices=grants.devices(own.get("devices", defaults.get("devices", []))),
         read_only={**defaults.get("filesystem", {}), **own.get("filesystem", {})}.get("read_only", False),
         install_env={**defaults.get("install_env", {}), **own.get("install_env", {})},
-        install_network=own.get("install_network", defaults.get("install_network", "host")),
+        install_network=own.get("install_network", defaults.get("install_network", "bridge")),
         subnets=subnets,
         seccomp=_seccomp(_long(own.get("seccomp", {})), _long(defaults.get("seccomp", {}))),
         place=place,

@@ -225,7 +225,7 @@ class Tenant:
     capabilities: tuple[str, ...] = ()  # sorted; without CAP_
     devices: tuple[Device, ...] = ()
     read_only: bool = False  # its root; /home, /tmp and /dev/shm stay writable
-    install_network: str = "host"  # of the install script: "host", "bridge" (all but the host and tenants) or "none"
+    install_network: str = "bridge"  # of the install script: "bridge" (all but the host and tenants), "host" or "none"
     subnets: Subnets = Subnets()  # the spec's
     seccomp: Seccomp = Seccomp()
     place: Place | None = None  # None: dropped into new_tenants/ and not named in tenants.yaml

@@ -4,8 +4,10 @@ Pure: nothing is looked up and nothing is resolved here. Rates are bits a second
 sizes bytes, ports 1 to 65535.
 """
 
+import contextlib
 import ipaddress
 import re
+import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,6 +17,7 @@ from isochamber.spec.model import Allowance, Egress, Network, Port, Rate, Subnet
 MODES = ("none", "bridge", "host")
 QUEUES = ("fq_codel", "fq", "sfq", "fifo")
 PERIODS = ("day", "month")
+PROXIES = ("http_proxy", "https_proxy", "ftp_proxy", "all_proxy")  # of an environment, in either case
 
 Path = tuple[object, ...]
 Problem = tuple[Path, str]  # below the value that was read, and "what, what is allowed"
@@ -248,6 +251,18 @@ def _overlaps(everyone: Mapping[str, Network]) -> Iterator[Problem]:
                     yield (name, "network", "ports", index), what
                     break
             others.append((name, port))
+
+
+def is_on_loopback(url: str) -> bool:
+    """Say whether a proxy or mirror, with or without a scheme, names the host's own loopback."""
+    try:
+        host = urllib.parse.urlsplit(url if "://" in url else f"//{url}").hostname or ""
+    except ValueError:
+        return False
+    with contextlib.suppress(ValueError):
+        address = ipaddress.ip_address(host)
+        return address.is_loopback or address.is_unspecified
+    return host == "localhost" or host.endswith(".localhost")
 
 
 def parse_subnets(value: Mapping[str, Any]) -> tuple[Subnets, list[Problem]]:

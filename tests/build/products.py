@@ -67,7 +67,10 @@ class Bench:
         self.directory.mkdir(exist_ok=True)
         (self.directory / "config.json").write_text(json.dumps({**config, **self.config}))
         limits = Limits(tmp=1 << 26, shm=1 << 26, open_files=1024, install_seconds=self.install_seconds)
-        return Tenant(self.name, "default", package.read(self.directory), None, Network(), limits, self.install_env)
+        return Tenant(
+            self.name, "default", package.read(self.directory), None, Network(), limits, self.install_env,
+            install_network="host",
+        )  # fmt: skip
 
     def build(self, former: str | None = None) -> str:
         """Build the layer of the package as it is now; returns the product's name."""

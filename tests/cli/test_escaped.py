@@ -20,7 +20,7 @@ STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u206
 def world(tmp_path: Path, root: Path) -> World:
     write_package(tmp_path / "packages/one", {"init": "/home/main"}, {"main": "#!/bin/sh\n"})
     made = World(tmp_path, root)
-    made.tenants.write_text("defaults: {ipc: none}\ntenants:\n  one: {package: packages/one}\n")
+    made.tenants.write_text("defaults: {ipc: none, install_network: host}\ntenants:\n  one: {package: packages/one}\n")
     done = made.doit("configure:one")
     assert done.returncode == 0, done.stdout + done.stderr
     return made

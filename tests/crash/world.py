@@ -54,7 +54,7 @@ class World:
         tool.write_text(STAND_IN)
         tool.chmod(0o755)
         self.file.write_text(
-            f"root: {self.root}\ndefaults: {{ipc: none}}\nbases: {{default: {{}}}}\n"
+            f"root: {self.root}\ndefaults: {{ipc: none, install_network: host}}\nbases: {{default: {{}}}}\n"
             "tenants:\n  sensor: {package: packages/sensor}\n  plain: {package: packages/plain}\n"
         )
         for name, script in (("sensor", SCRIPT), ("plain", "")):

@@ -31,7 +31,7 @@ def world(root: Path, tmp_path: Path) -> World:
     directory.mkdir()
     made = World(directory, root)
     made.tenants.write_text(
-        f"bases: {{default: {{packages: []}}}}\n"
+        f"defaults: {{install_network: host}}\nbases: {{default: {{packages: []}}}}\n"
         f"tenants:\n"
         f"  hello: {{package: {EXAMPLES}/hello, ipc: none}}\n"
         f"  sensor: {{package: {EXAMPLES}/sensor, ipc: none}}\n"

@@ -47,7 +47,7 @@ def world(root: Path) -> World:
     directory = root / "world"
     directory.mkdir()
     made = World(directory, root)
-    made.tenants.write_text("bases: {default: {packages: []}}\n")
+    made.tenants.write_text("defaults: {install_network: host}\nbases: {default: {packages: []}}\n")
     return made
 
 

@@ -19,7 +19,7 @@ def world(root: Path, tmp_path: Path) -> World:
     directory = tmp_path / "world"
     directory.mkdir()
     made = World(directory, root)
-    lines = ["defaults: {ipc: none}", "bases: {default: {packages: []}}", "tenants:"]
+    lines = ["defaults: {ipc: none, install_network: host}", "bases: {default: {packages: []}}", "tenants:"]
     for package in sorted(TENANTS.iterdir()):
         extra = f", ipc: {tmp_path / 'ipc'}" if package.name == "ipc" else ""
         lines.append(f"  {package.name}: {{package: {package}{extra}}}")

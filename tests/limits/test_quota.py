@@ -68,7 +68,7 @@ def world(tmp_path: Path, state: Path) -> World:
 def _limit(world: World, size: str | None, words: str = "") -> None:
     limits = "{}" if size is None else f"{{disk: {size}}}"
     world.tenants.write_text(
-        "defaults: {ipc: none}\ntenants:\n"
+        "defaults: {ipc: none, install_network: host}\ntenants:\n"
         f"  bounded: {{package: packages/bounded, limits: {limits}{words}}}\n  other: {{package: packages/other}}\n"
     )
     done = world.doit("configure:bounded", "configure:other")

@@ -3,6 +3,8 @@
 import json
 import os
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import pytest
 
 from isochamber import paths
 from isochamber.launch import pins
+from isochamber.net import host
+from tests.build.products import eventually
 from tests.net import world as w
 from tests.tasks.world import World as Tasks
 from tests.tasks.world import write_package
@@ -174,26 +178,82 @@ ask() {{
 ask {w.OUTSIDE4} outside
 ask {w.ELSEWHERE4} elsewhere
 ask {w.HOST4} host
+ask 127.0.0.1 loopback
 ask {w.METADATA4} metadata
 ls /sys/class/net >> /etc/asked
+cp /etc/resolv.conf /etc/resolvers
 """
 
 
-@pytest.mark.parametrize("network", ["bridge", "none", "host"])
-def test_an_install_script_has_the_network_it_was_granted_and_leaves_nothing_of_it(tasks: Tasks, network: str) -> None:
+def _installs(tasks: Tasks, script: str, network: str | None) -> None:
+    """Add a tenant that installs something, with ``install_network`` or without a word about it."""
     package = tasks.directory / "packages/installs"
-    write_package(package, {"dependencies": "/home/install.sh"}, {"main": "#!/bin/sh\n", "install.sh": INSTALL})
+    write_package(package, {"dependencies": "/home/install.sh"}, {"main": "#!/bin/sh\n", "install.sh": script})
     _grant(tasks, "")
-    lines = f"  installs: {{package: packages/installs, install_network: {network}}}\n"
-    tasks.tenants.write_text(tasks.tenants.read_text() + lines)
+    given = "" if network is None else f", install_network: {network}"
+    tasks.tenants.write_text(f"{tasks.tenants.read_text()}  installs: {{package: packages/installs{given}}}\n")
+
+
+@pytest.mark.parametrize("network", [None, "bridge", "none", "host"])
+def test_an_install_script_has_the_network_it_was_granted_and_leaves_nothing_of_it(
+    tasks: Tasks, network: str | None
+) -> None:
+    _installs(tasks, INSTALL, network)
     done = tasks.doit("install_deps:installs")
     assert done.returncode == 0, done.stdout + done.stderr
     (layer,) = tasks.layers()
-    asked = (tasks.root / "layers" / layer / "rootfs/etc/asked").read_text().splitlines()
+    etc = tasks.root / "layers" / layer / "rootfs/etc"
+    asked = (etc / "asked").read_text().splitlines()
     assert ("outside: outside " + w.HOST4 in asked) == (network != "none"), asked
     assert (f"elsewhere: elsewhere {w.HOST4}" in asked) == (network != "none"), asked
-    for name in ("host", "metadata"):  # with the host's network: the control
-        assert any(line.startswith(f"{name}: {name} ") for line in asked) == (network == "host"), asked
-    assert ("eth0" in asked) == (network == "bridge"), asked
+    for name, server in (("host", "host"), ("loopback", "host"), ("metadata", "metadata")):
+        answered = any(line.startswith(f"{name}: {server} ") for line in asked)
+        assert answered == (network == "host"), asked  # with the host's network: the control
+    assert ("eth0" in asked) == (network in (None, "bridge")), asked
+    if network is None:
+        servers = [line.split()[1] for line in (etc / "resolvers").read_text().splitlines() if "nameserver" in line]
+        assert servers == list(host.resolvers())
     assert "isochamber" not in w.nft("list", "ruleset")
     assert not any(name.startswith("ic") for _, name in socket.if_nameindex())
+
+
+def test_the_network_of_an_install_script_goes_with_a_builder_that_is_killed(tasks: Tasks) -> None:
+    _installs(tasks, "#!/bin/sh\nsleep 600\n", None)
+    words = [sys.executable, "-m", "isochamber.tasks", "install_deps:installs"]
+    with subprocess.Popen(words, env=tasks.environment, cwd=tasks.directory, stdout=subprocess.DEVNULL) as building:
+        assert eventually(lambda: any(name.startswith("ic") for _, name in socket.if_nameindex()))
+        building.kill()
+    assert eventually(lambda: not any(name.startswith("ic") for _, name in socket.if_nameindex()))
+    assert eventually(lambda: "isochamber" not in w.nft("list", "ruleset"))
+
+
+def test_what_is_made_anew_keeps_the_network_of_an_install_script_that_runs(tasks: Tasks) -> None:
+    asks = f'exec 3<>/dev/tcp/{w.OUTSIDE4}/7777; read -r -u 3 line; [ -n "$line" ]'
+    script = f"#!/bin/bash\ntouch /home/begun\nwhile [ ! -e /home/go ]; do sleep 0.05; done\n{asks}\n"
+    _installs(tasks, script, None)
+    tasks.tenants.write_text(tasks.tenants.read_text() + "  peer: {package: packages/looks, network: bridge}\n")
+    assert tasks.doit("configure:peer").returncode == 0
+    words = [sys.executable, "-m", "isochamber.tasks", "install_deps:installs"]
+    with subprocess.Popen(
+        words, env=tasks.environment, cwd=tasks.directory, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as building:
+        if not eventually(lambda: any((tasks.root / "staging").glob("*layer-installs-*/home/begun"))):
+            building.kill()
+        w.nft("flush", "ruleset")
+        assert tasks.cli("net", "repair").returncode == 0
+        (home,) = (tasks.root / "staging").glob("*layer-installs-*/home")
+        (home / "go").touch()
+        output = building.communicate(timeout=120)[0]
+    assert building.returncode == 0, output
+
+
+def test_an_install_script_whose_network_can_not_be_made_does_not_run_with_the_hosts(tasks: Tasks) -> None:
+    _installs(tasks, "#!/bin/sh\nexit 0\n", None)
+    subprocess.run(["ip", "route", "add", "10.77.0.0/16", "via", w.OUTSIDE4], check=True)
+    done = tasks.doit("install_deps:installs")
+    said = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "installs: layer: the install script's network: " in said
+    assert "install_network: host in tenants.yaml" in said
+    assert "Traceback" not in said
+    assert not tasks.layers()

@@ -87,7 +87,7 @@ class Programs:
 
     def settings(self, name: str, text: str = "{}") -> None:
         """Write tenants.yaml with ``seccomp:`` of one tenant, and configure it."""
-        lines = ["defaults: {ipc: none}", "bases: {default: {packages: []}}", "tenants:"]
+        lines = ["defaults: {ipc: none, install_network: host}", "bases: {default: {packages: []}}", "tenants:"]
         for tenant in COMMANDS:
             own = f", seccomp: {text}" if tenant == name else ""
             lines.append(f"  {tenant}: {{package: packages/{tenant}{own}}}")

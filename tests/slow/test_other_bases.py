@@ -27,7 +27,7 @@ def world(root: Path, tmp_path: Path) -> World:
 
 def _run_on(world: World, base: str) -> list[str]:
     world.tenants.write_text(
-        f"defaults: {{ipc: none}}\nbases:\n  default: {{packages: []}}\n  {base}\n"
+        f"defaults: {{ipc: none, install_network: host}}\nbases:\n  default: {{packages: []}}\n  {base}\n"
         f"tenants:\n  hello: {{package: hello, base: {base.split(':', maxsplit=1)[0]}}}\n"
     )
     done = world.doit("run:hello", timeout=1500)

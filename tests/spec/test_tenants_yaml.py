@@ -135,6 +135,36 @@ def test_the_same_without_a_mistake_is_accepted(place: Path) -> None:
     assert spec.bases["b"].files == {"/a/b": place / "file"}
 
 
+@pytest.mark.parametrize(
+    "proxy", ["http://127.0.0.1:3128", "localhost:3128", "http://[::1]:3128/", "http://u:p@127.9.9.9"]
+)
+def test_a_proxy_that_an_install_script_would_not_reach_is_refused_unless_its_network_is_named(
+    place: Path, proxy: str
+) -> None:
+    packages.make(place / "installs")
+    packages.configure(place / "good", {"dependencies": ""})
+    tenants = "tenants: {a: {package: installs%s}, b: {package: good}}\n"
+    given = f"defaults: {{install_env: {{http_proxy: '{proxy}'}}}}\n"
+    (line,) = _lines(place, given + tenants % "")
+    assert line.startswith("tenants.yaml:1:26: a: layer: "), line
+    assert line.endswith("is on this host's loopback, where its install script does not get; "
+                         "write install_network: host, or another address")  # fmt: skip
+    assert "tenants.yaml:1:" in _lines(place, tenants % f", install_env: {{HTTPS_PROXY: '{proxy}'}}")[0]
+    for network in ("host", "bridge"):
+        spec = _load(place, given + tenants % f", install_network: {network}")
+        assert (spec.tenants["a"].install_network, spec.tenants["b"].install_network) == (network, "bridge")
+    _load(place, given + tenants % ", install_env: {http_proxy: 'http://proxy.example:3128'}")
+
+
+def test_a_mirror_that_an_install_script_would_not_reach_is_refused(place: Path) -> None:
+    packages.make(place / "installs")
+    packages.configure(place / "good", {"dependencies": ""})
+    bases = "bases: {b: {mirror: 'http://127.0.0.1:8080/debian'}}\n"
+    (line,) = _lines(place, f"{bases}tenants: {{a: {{package: installs, base: b}}}}\n")
+    assert line.startswith("tenants.yaml:1:13: a: layer: http://127.0.0.1:8080/debian is on this host's loopback"), line
+    _load(place, f"{bases}tenants: {{a: {{package: good, base: b}}}}\n")
+
+
 @pytest.mark.parametrize("mode", validate.STAGES)
 def test_a_mode_alone_is_short_for_the_mapping(place: Path, mode: str) -> None:
     for own in (mode, f"{{mode: {mode}}}"):

@@ -1,8 +1,11 @@
 """The wrapper ./doit and doit's own command over dodo.py."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
+
+import pytest
 
 from tests.conftest import PROJECT
 from tests.tasks.world import World, make_world
@@ -89,6 +92,29 @@ def test_an_unknown_task_is_exit_2(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "run:nobody" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_wrapper_needs_nft_for_an_install_script_and_only_for_one(root: Path, tmp_path: Path) -> None:
+    world = _world(root, tmp_path)
+    tenants = world.tenants.read_text()
+    hidden = 'mount --bind /dev/null "$0" && exec "$@"'
+    nft = shutil.which("nft")
+    if nft is None:
+        pytest.skip("nft is not installed")
+    for given, task, needed in (
+        ("", "install_deps", True),
+        ("", "install_deps:sensor", True),
+        ("", "dirs:plain", False),
+        ("", "run:plain", False),
+        (", install_network: host", "install_deps:sensor", False),
+    ):
+        world.tenants.write_text(tenants.replace(", install_network: host", given))
+        done = _sh(world, "unshare", "-m", "sh", "-c", hidden, nft, PROJECT / "doit", "--no-install", task)
+        if needed:
+            assert done.returncode == 125
+            assert "missing: nftables;" in done.stderr
+        else:
+            assert done.returncode == 0, done.stderr
 
 
 def test_the_wrapper_is_posix_sh() -> None:

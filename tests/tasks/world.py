@@ -108,7 +108,14 @@ def make_world(directory: Path, root: Path) -> World:
 
 def write_tenants(world: World, *, base: str = "", extra: str = "", without: tuple[str, ...] = ()) -> None:
     """Write tenants.yaml: every tenant with ``ipc: none``, plus what the test adds."""
-    lines = ["defaults: {ipc: none}", "bases:", "  default:", "    packages: []", *([base] if base else []), "tenants:"]
+    lines = [
+        "defaults: {ipc: none, install_network: host}",
+        "bases:",
+        "  default:",
+        "    packages: []",
+        *([base] if base else []),
+        "tenants:",
+    ]
     for name in ("plain", "sensor", "twin"):
         if name not in without:
             lines.append(f"  {name}: {{package: packages/{name}}}")
@@ -119,5 +126,5 @@ def empty_world(directory: Path, root: Path) -> World:
     """A world without tenants; a test drops packages into new_tenants/ of ``root``."""
     directory.mkdir()
     made = World(directory, root)
-    made.tenants.write_text("defaults: {ipc: none}\nbases: {default: {packages: []}}\n")
+    made.tenants.write_text("defaults: {ipc: none, install_network: host}\nbases: {default: {packages: []}}\n")
     return made

@@ -68,7 +68,8 @@ class Step:
         made.change(self.rate)
         listed = "".join(f"  {name}: {{package: packages/{name}}}\n" for name in self.tenants)
         made.file.write_text(
-            f"root: {made.root}\ndefaults: {{ipc: none}}\nbases: {{default: {{}}}}\ntenants:\n{listed}"
+            f"root: {made.root}\ndefaults: {{ipc: none, install_network: host}}\n"
+            f"bases: {{default: {{}}}}\ntenants:\n{listed}"
         )
 
 

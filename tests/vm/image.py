@@ -120,7 +120,8 @@ def _layer(root: Path, directory: Path) -> tuple[Path, Path]:
     )
     tenants = directory / "guest.yaml"
     tenants.write_text(
-        f"root: {root}\nbases: {{default: {{packages: []}}}}\ntenants: {{guest: {{package: {package}, ipc: none}}}}\n"
+        f"root: {root}\nbases: {{default: {{packages: []}}}}\n"
+        f"tenants: {{guest: {{package: {package}, ipc: none, install_network: host}}}}\n"
     )
     done = subprocess.run(
         [sys.executable, "-m", "isochamber.tasks", "install_deps:guest"],

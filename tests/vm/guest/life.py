@@ -81,7 +81,12 @@ def listed() -> list[str]:
 
 def list_tenants(names: list[str]) -> None:
     """Write tenants.yaml."""
-    lines = [f"root: {ROOT}", "defaults: {ipc: none}", "bases: {default: {}}", "tenants:" if names else "tenants: {}"]
+    lines = [
+        f"root: {ROOT}",
+        "defaults: {ipc: none, install_network: host}",
+        "bases: {default: {}}",
+        "tenants:" if names else "tenants: {}",
+    ]
     keep(TENANTS, "\n".join([*lines, *(f"  {name}: {{package: packages/{name}}}" for name in names)]) + "\n")
 
 
