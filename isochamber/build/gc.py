@@ -1,5 +1,6 @@
 """Removing: one tenant with all it has, and everything that nothing refers to. Each step may be cut and done again."""
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator
@@ -114,6 +115,20 @@ def _prunable(state: State, spec: Spec, *, least: bool) -> Iterator[Removed]:
     yield from _prune_orphans(state, spec)
     yield from _prune_products(state)
     yield from _prune_filters(state)
+    _forget_locks(state)
+
+
+def _forget_locks(state: State) -> None:
+    """Remove the locks of tenants that are gone: a removal that was cut had no time to."""
+    directory = Path(paths.run_directory()) / "tenants"
+    for path in sorted(directory.glob("*.lock")) if directory.is_dir() else ():
+        tid = path.stem
+        if state.tenant_fs(tid).exists() or state.tenant_persist(tid).exists() or records.held(tid):
+            continue
+        with contextlib.suppress(IsochamberError):  # started in between
+            lock = records.lock(tid, tid)
+            path.unlink(missing_ok=True)
+            os.close(lock)
 
 
 def _prune_former(state: State) -> Iterator[Removed]:

@@ -112,6 +112,10 @@ def deploy(state: State, tenant: Tenant, tid: str, wanted: Desired, reporter: Re
     own new file is not taken for the tenant's.
     """
     with locks.product_lock(state, f"tenant-{tid}", reporter.say):
+        if not state.home(tid).is_dir():
+            raise IsochamberError(
+                "was removed meanwhile", stage="home", tenant=tenant.name, path=state.home(tid), hint="run ./doit again"
+            )
         try:
             record = _on_its_way(read_record(state, tid), wanted)
             _write_record(state, tid, record)

@@ -12,6 +12,34 @@ from isochamber.errors import IsochamberError
 
 _BUILDS = "builds"
 
+# What this process holds until it ends, by state directory (see hold_builds).
+_held: dict[str, contextlib.ExitStack] = {}
+
+
+def hold_builds(state: State, say: Callable[[str], None]) -> None:
+    """Hold what :func:`building` holds until this process ends, or itself waits until nobody builds.
+
+    Between two tasks of one run nothing is being built, and what the first made has no
+    entry yet that refers to it: without this a prune beside would take it.
+    """
+    if state.identifier not in _held:
+        stack = contextlib.ExitStack()
+        stack.enter_context(building(state, say))
+        _held[state.identifier] = stack
+
+
+def let_builds_go(state: State) -> None:
+    """Give back what :func:`hold_builds` holds; nothing held is fine."""
+    stack = _held.pop(state.identifier, None)
+    if stack is not None:
+        stack.close()
+
+
+def let_all_builds_go() -> None:
+    """The same for every state directory."""
+    while _held:
+        _held.popitem()[1].close()
+
 
 @contextlib.contextmanager
 def building(state: State, say: Callable[[str], None]) -> Iterator[None]:
@@ -23,6 +51,7 @@ def building(state: State, say: Callable[[str], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def nobody_builds(state: State, say: Callable[[str], None]) -> Iterator[None]:
     """Wait until nobody builds in this state directory, and keep it so for the block."""
+    let_builds_go(state)  # who builds and prunes in one run would wait for itself
     with product_lock(state, _BUILDS, say):
         yield
 

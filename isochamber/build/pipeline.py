@@ -30,6 +30,18 @@ class Pipeline:
         self._identities: dict[str, Identity] = {}
         self._layers: dict[str, str] = {}
         self._built: set[str] = set()  # bases
+        self._holds = False
+
+    def hold(self) -> None:
+        """From now on until this process ends no prune takes anything here: what one task makes the next refers to."""
+        self._holds = True
+        if self.state.namespace is not None:
+            locks.hold_builds(self.state, self.reporter.say)
+
+    def _create(self) -> None:
+        self.state.create()
+        if self._holds:
+            self.hold()
 
     # The spec's nouns.
 
@@ -66,7 +78,7 @@ class Pipeline:
 
     def make_base(self, name: str) -> None:
         """Build it; raises IsochamberError (stage "base")."""
-        self.state.create()
+        self._create()
         with locks.building(self.state, self.reporter.say):
             base.build(self.state, self.spec.bases[name], self._file_digest, self.reporter)
 
@@ -88,7 +100,7 @@ class Pipeline:
 
     def make_dirs(self, name: str) -> None:
         """Give the tenant a tid, a uid range and its directories; raises IsochamberError (stage "dirs")."""
-        self.state.create()
+        self._create()
         with locks.building(self.state, self.reporter.say):
             self._identities.pop(name, None)
             identity.ensure(self.state, name, self.tenant(name).limits.disk)

@@ -9,7 +9,7 @@ from typing import Any
 from doit.cmd_base import ModuleTaskLoader
 from doit.doit_cmd import DoitMain
 
-from isochamber.build import recover, registry
+from isochamber.build import locks, recover, registry
 from isochamber.build.state import State
 from isochamber.errors import EXIT_BAD_INPUT, EXIT_OURS, IsochamberError
 from isochamber.tasks import foreground, report
@@ -21,6 +21,16 @@ _SINGLE = ("run:", "shell:", "delete:")
 # Thousands of tasks are made and none is dropped: looking for rubbish among them every 700 objects, as Python does
 # by itself, is a tenth of a run with nothing to do.
 _OBJECTS = 50_000
+
+
+# These build nothing, or wait for those who do: prune would wait for the other processes of its own ``doit -n``.
+_NOT_BUILDING = {"delete", "prune", "list", "help", "info", "clean", "forget", "dumpdb"}
+
+
+def _builds(arguments: Sequence[str]) -> bool:
+    """Say whether this command line may make a product and, in a later task, an entry that refers to it."""
+    words = {word.partition(":")[0] for word in arguments if not word.startswith("-")}
+    return "prune" not in words and (not words or bool(words - _NOT_BUILDING))
 
 
 def _only_tenant(arguments: Sequence[str]) -> str | None:
@@ -40,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pipeline = None if only_checks else load_pipeline(only=_only_tenant(argv))
         if pipeline is not None and os.geteuid() == 0:
             recover.clean(pipeline.state)
+            if _builds(argv):
+                pipeline.hold()
         tasks = namespace(pipeline)
         status = _graph(tasks, argv) if pipeline is None else _graph_of(pipeline.state, tasks, argv)
     except IsochamberError as error:
@@ -61,6 +73,7 @@ def _graph(tasks: Mapping[str, Any], argv: list[str]) -> int:
 def _exit_code(status: int) -> int:
     sys.stdout.flush()
     if status == 0 and report.to_start:
+        locks.let_all_builds_go()  # a tenant may run for months
         return foreground.start(report.to_start)
     # doit's own 1 and 2 say that a task failed, 3 that there is no such task or option.
     return {0: 0, 3: EXIT_BAD_INPUT}.get(status, report.exit_code or EXIT_OURS)

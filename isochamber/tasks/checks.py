@@ -10,7 +10,7 @@ from doit.exceptions import TaskFailed
 
 _BIN = Path(sys.executable).parent
 
-_NOT_LONG = "not slow and not soak and not vm_all and not power and not crash and not fuzz"
+_NOT_LONG = "not slow and not soak and not vm_all and not power and not crash and not chaos and not fuzz"
 _SOAK = ("pytest", "-s", "-m", "soak", "-o", "faulthandler_timeout=0", "tests/serve")
 
 # name, what for, command below .venv/bin
@@ -30,7 +30,12 @@ _LONG: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         ("pytest", "-s", "-m", "soak", "-o", "faulthandler_timeout=0"),
     ),
     ("vm", "pytest: whole directories of tests on a second kernel", ("pytest", "-m", "vm or vm_all", "tests/vm")),
-    ("crash", "pytest: a cut and an error at every single system call", ("pytest", "-m", "crash", "tests/crash")),
+    ("crash", "pytest: a cut and an error at every single system call", ("pytest", "-s", "-m", "crash", "tests/crash")),
+    (
+        "chaos",
+        "pytest: 10,000 operations of four processes, killed at random, against a model",
+        ("pytest", "-s", "-m", "chaos", "-o", "faulthandler_timeout=0", "tests/crash"),
+    ),
     (
         "fuzz",
         "pytest: 100,000 hostile inputs to what reads packages and files",

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from isochamber.build import durable, gc, identity, locks, registry, tree
+from isochamber.build.pipeline import Pipeline
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.spec.model import Spec
@@ -221,3 +222,35 @@ def test_prune_waits_until_nobody_builds_and_builders_do_not_wait_for_each_other
         assert (state.root / "layers/just-built").exists()
     pruning.join(60)
     assert not (state.root / "layers/just-built").exists()
+
+
+def test_prune_waits_for_the_whole_of_a_run_that_builds_and_not_only_for_its_tasks(state: State) -> None:
+    """Between two tasks of one ./doit nothing is being built, and the layer just made has no entry yet."""
+    pipeline = Pipeline(_spec(state), Lines())
+    pipeline.hold()
+    pipeline.hold()
+    _product(state, "layers", "just-built")
+    waits, child = os.pipe(), 0
+    try:
+        child = os.fork()
+        if child == 0:
+            locks._held.clear()  # not ours to give back: another process prunes
+            reporter = Lines()
+            reporter.say = lambda text: os.write(waits[1], text.encode())  # type: ignore[assignment,method-assign]
+            gc.prune(state, _spec(state), reporter)
+            os._exit(0)
+        os.close(waits[1])
+        assert os.read(waits[0], 100).startswith(b"waiting for builds")
+        assert (state.root / "layers/just-built").exists()
+        locks.let_all_builds_go()
+        assert os.waitpid(child, 0)[1] == 0
+        assert not (state.root / "layers/just-built").exists()
+    finally:
+        locks.let_all_builds_go()
+        os.close(waits[0])
+
+
+def test_who_builds_and_prunes_in_one_run_does_not_wait_for_itself(state: State) -> None:
+    Pipeline(_spec(state), Lines()).hold()
+    _product(state, "layers", "just-built")
+    assert [kind for kind, _, _ in gc.prune(state, _spec(state), Lines())] == ["layer"]

@@ -52,7 +52,8 @@ def judge(server: Server, point: Point, world: World, wanted: dict[str, str], di
     """Do the case with the fault in it, then again without; returns what is wrong."""
     copy = world.copy(directory)
     inject = f"inject={point.call}:{KINDS[point.kind]}:when={point.number}"
-    before = copy.snapshot() if copy.root.exists() else {}
+    atomic = point.kind != "KILL" and point.case in ("rollback", "restore", "save")
+    before = copy.snapshot() if atomic else {}
     wrong = []
     try:
         cut = server.ask(point.case, copy, strace=["-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject])
@@ -61,7 +62,7 @@ def judge(server: Server, point: Point, world: World, wanted: dict[str, str], di
                 wrong.append(f"ended with {cut}")
         elif cut["status"] not in (0, 125) or len(cut["stderr"].splitlines()) > 1:
             wrong.append(f"no single line: {cut}")
-        if point.kind != "KILL" and cut["status"] == 125 and point.case in ("rollback", "restore", "save"):
+        if atomic and cut["status"] == 125:
             now = copy.snapshot()
             wrong += [f"not as before: {name}" for name in before.keys() | now.keys()
                       if before.get(name) != now.get(name) and "/.tmp-" not in name]  # fmt: skip

@@ -20,13 +20,13 @@ STEPS = ("layer", "home", "configure", "save")
 
 
 @contextlib.contextmanager
-def _disk(directory: Path, *options: str, size: str = "512M") -> Iterator[Path]:
+def small_disk(directory: Path, *options: str, size: str = "512M", mount: str = "loop") -> Iterator[Path]:
     """Mount a small ext4 of its own; skipped where there are no loop devices."""
     image, target = directory / "disk.img", directory / "disk"
     target.mkdir()
     subprocess.run(["truncate", "-s", size, image], check=True)
     subprocess.run(["mkfs.ext4", "-q", "-m", "0", *options, image], check=True)
-    done = subprocess.run(["mount", "-o", "loop", image, target], capture_output=True, text=True, check=False)
+    done = subprocess.run(["mount", "-o", mount, image, target], capture_output=True, text=True, check=False)
     if done.returncode:
         pytest.skip(f"no loop devices here: {done.stderr.strip()}")
     try:
@@ -40,7 +40,7 @@ def _disk(directory: Path, *options: str, size: str = "512M") -> Iterator[Path]:
 @pytest.fixture
 def built(worlds: dict[str, World], crash_directory: Path) -> Iterator[World]:
     """A world with a base, on a disk of 512 MB."""
-    with _disk(crash_directory) as disk:
+    with small_disk(crash_directory) as disk:
         yield worlds["layer"].copy(disk / "world")
 
 
@@ -101,7 +101,7 @@ def test_a_disk_that_is_full_stops_every_step_with_one_line_and_all_goes_on_when
 def test_without_inodes_it_is_the_same(
     server: Server, worlds: dict[str, World], crash_directory: Path, wanted: dict[str, dict[str, str]]
 ) -> None:
-    with _disk(crash_directory, "-N", "1200", size="64M") as disk:
+    with small_disk(crash_directory, "-N", "1200", size="64M") as disk:
         world = worlds["layer"].copy(disk / "world")
         for step in ("layer", "configure"):
             before = world.snapshot()

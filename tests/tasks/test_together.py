@@ -99,3 +99,44 @@ def _open_the_gate(world: World) -> None:
     fifo = next(world.root.glob("staging/**/fifo"))
     with fifo.open("w") as gate:  # waits for the script to open it
         gate.write("go\n")
+
+
+# One doit that stands still between two tasks: the layer is made, and nothing refers to it yet.
+STANDS_STILL = """
+import sys
+from isochamber.build.pipeline import Pipeline
+from isochamber.tasks import __main__ as entry
+make_home = Pipeline.make_home
+def stand_still(pipeline, name):
+    print("between", flush=True)
+    sys.stdin.readline()
+    make_home(pipeline, name)
+Pipeline.make_home = stand_still
+sys.exit(entry.main(["configure:t0"]))
+"""
+
+
+def test_a_prune_beside_takes_nothing_that_a_run_made_and_does_not_refer_to_yet(world: World) -> None:
+    def start(*words: str) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, *words], env=world.environment, cwd=world.directory, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+    with start("-c", STANDS_STILL) as running:
+        assert running.stdout is not None
+        while (line := running.stdout.readline()) != "between\n":
+            assert line, "it ended before it stood still"
+        made = world.layers()
+        assert len(made) == 1
+        with start("-m", "isochamber.tasks", "prune") as pruning:
+            assert pruning.stdout is not None
+            while "waiting for builds" not in (line := pruning.stdout.readline()):
+                assert line, "prune did not wait"
+            assert world.layers() == made
+            assert running.communicate("on\n", timeout=60)[0] is not None
+            assert running.returncode == 0
+            assert pruning.communicate(timeout=60)[0] is not None
+            assert pruning.returncode == 0
+    assert world.layers() == made
+    assert world.entry("t0")["lowers"][0].split("/")[1] in made
