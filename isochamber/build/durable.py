@@ -286,8 +286,11 @@ def remove_tree(path: Path, staging: Path | None = None) -> None:
 
 
 def stale_stages(directory: Path) -> list[str]:
-    """Return the names of what a killed build or removal left in ``directory``."""
-    return sorted(name for name in os.listdir(directory) if name.startswith(STAGE_PREFIX))
+    """Return the names of what a killed build or removal left in ``directory``; none when somebody removes that too."""
+    try:
+        return sorted(name for name in os.listdir(directory) if name.startswith(STAGE_PREFIX))
+    except FileNotFoundError:
+        return []
 
 
 def remove_any(path: Path) -> None:

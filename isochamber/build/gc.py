@@ -64,6 +64,7 @@ def _remove_tenant(state: State, tid: str, name: str) -> None:
             limited.lift(state, tid)
             durable.remove_tree(state.tenant_fs(tid), state.staging)
             durable.remove_tree(state.tenant_persist(tid), state.staging)
+            registry.remove(state, tid)  # a ./doit that held it back may have written it in between
             records.forget(tid)
             Path(paths.tenant_lock(tid)).unlink(missing_ok=True)
         finally:
@@ -94,6 +95,7 @@ def prune(state: State, spec: Spec, reporter: Reporter, *, until_free: int | Non
         return []
     removed: list[Removed] = []
     try:
+        registry.settle(state)  # while it waits another prune may come first, which reads the file
         with locks.nobody_builds(state, reporter.say):
             for gone in _prunable(state, spec, least=until_free is not None):
                 removed.append(gone)
@@ -134,10 +136,12 @@ def _forget_locks(state: State) -> None:
 def _prune_former(state: State) -> Iterator[Removed]:
     """What rollback would go back to: the other upper of every tenant, and the layers it stands on."""
     for tid in registry.read(state, salvage=True):
-        former = entry.former_of(state, tid)
-        if former is None:
+        if entry.former_of(state, tid) is None:
             continue
         with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+            former = entry.former_of(state, tid)
+            if former is None or tid not in registry.read(state, salvage=True):
+                continue  # deleted, or gone back to, while this waited
             size = tree.size_of(state.root / former["upper"])
             durable.remove_file(entry.former_file(state, tid))
             entry.make_slot(state, tid, entry.slot_of(former), former["uid_base"])

@@ -192,11 +192,16 @@ def _is_whole_file(state: State) -> bool:
         return False
 
 
+def _still_there(state: State, entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Return those of tenants that nobody deleted while their entries were held back."""
+    return {tid: entry for tid, entry in entries.items() if state.tenant_fs(tid).is_dir()}
+
+
 def _change(state: State, add: dict[str, Entry], *, without: str | None = None) -> None:
     begun, held = time.monotonic(), _held_back(state)
     with locks.product_lock(state, "containers", lambda _line: None):
         former = _read_file(state, salvage=True)
-        known = former if held is None else former | held.entries
+        known = former if held is None else former | _still_there(state, held.entries)
         entries = {tid: entry for tid, entry in known.items() if tid != without} | add
         whole = _is_whole_file(state)
         if entries != former or not whole:

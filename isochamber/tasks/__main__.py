@@ -23,14 +23,14 @@ _SINGLE = ("run:", "shell:", "delete:")
 _OBJECTS = 50_000
 
 
-# These build nothing, or wait for those who do: prune would wait for the other processes of its own ``doit -n``.
+# These build nothing, or wait for those who do.
 _NOT_BUILDING = {"delete", "prune", "list", "help", "info", "clean", "forget", "dumpdb"}
 
 
 def _builds(arguments: Sequence[str]) -> bool:
     """Say whether this command line may make a product and, in a later task, an entry that refers to it."""
     words = {word.partition(":")[0] for word in arguments if not word.startswith("-")}
-    return "prune" not in words and (not words or bool(words - _NOT_BUILDING))
+    return not words or bool(words - _NOT_BUILDING)
 
 
 def _only_tenant(arguments: Sequence[str]) -> str | None:
@@ -73,7 +73,7 @@ def _graph(tasks: Mapping[str, Any], argv: list[str]) -> int:
 def _exit_code(status: int) -> int:
     sys.stdout.flush()
     if status == 0 and report.to_start:
-        locks.let_all_builds_go()  # a tenant may run for months
+        locks.let_builds_go()  # a tenant may run for months
         return foreground.start(report.to_start)
     # doit's own 1 and 2 say that a task failed, 3 that there is no such task or option.
     return {0: 0, 3: EXIT_BAD_INPUT}.get(status, report.exit_code or EXIT_OURS)

@@ -27,6 +27,12 @@ def _entry(number: int, **more: Any) -> registry.Entry:
     return {"tid": f"{number:032x}", "name": f"t{number}", "version": 1, "uid_base": 1, "uid_count": 2, **more}
 
 
+def _directories(state: State, count: int) -> None:
+    """What tenants have whose entries may be held back: one without was deleted meanwhile."""
+    for number in range(count):
+        state.tenant_fs(_entry(number)["tid"]).mkdir()
+
+
 _VALUES = st.recursive(
     st.one_of(st.none(), st.booleans(), st.integers(-(1 << 62), 1 << 62), st.text(max_size=8)),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
@@ -161,6 +167,7 @@ def test_what_is_put_together_counts_at_once_for_its_process_and_is_in_the_file_
     alone = State(state.root.parent / "alone")
     alone.create()
     writes = 0
+    _directories(state, 50)
     with registry.together(state):
         for number in range(50):
             before = state.containers.stat().st_ino if state.containers.exists() else 0
@@ -177,6 +184,7 @@ def test_what_is_put_together_counts_at_once_for_its_process_and_is_in_the_file_
 
 
 def test_a_file_that_can_not_be_written_is_said_at_the_end_of_what_was_put_together(state: State) -> None:
+    _directories(state, 3)
     registry.put(state, _entry(0))
     with pytest.raises(IsochamberError, match="containers"), registry.together(state):
         registry.put(state, _entry(1))
@@ -187,6 +195,7 @@ def test_a_file_that_can_not_be_written_is_said_at_the_end_of_what_was_put_toget
 
 
 def test_a_process_forked_meanwhile_writes_its_own_puts(state: State) -> None:
+    _directories(state, 3)
     with registry.together(state):
         registry.put(state, _entry(0))
         registry._together.due = float("inf")  # type: ignore[union-attr] # as after a slow write
