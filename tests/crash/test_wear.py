@@ -16,7 +16,7 @@ from tests.crash.test_full import small_disk
 from tests.crash.world import World
 
 SECTOR = 512
-START_AND_STOP = 256 << 10  # bytes; some 77 KB are measured, most of it the journal of ext4
+START_AND_STOP = 256 << 10  # bytes; some 77 KB are measured, 45 of them the journal of ext4
 
 
 @pytest.fixture
