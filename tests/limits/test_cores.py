@@ -10,6 +10,7 @@ from isochamber.build import limits
 from isochamber.launch import cgroup, devicegroup, rlimits
 from isochamber.spec import learned
 from isochamber.spec.load import load
+from tests.build.products import eventually
 from tests.launch.tenants import Tenant
 from tests.tasks.world import World, write_package
 
@@ -39,7 +40,7 @@ def piped(tmp_path: Path) -> Iterator[Path]:
     if "isochamber.data=" not in Path("/proc/cmdline").read_text():
         pytest.skip("kernel.core_pattern is the whole machine's: shown on the second kernel")
     handler, made = tmp_path / "handler", tmp_path / "made"
-    handler.write_text(f"#!/bin/sh\ncat > /dev/null\necho started > {made}\n")
+    handler.write_text(f"#!/bin/sh\ncat > /dev/null\necho started >> {made}\n")
     handler.chmod(0o755)
     former = PATTERN.read_text()
     PATTERN.write_text(f"|{handler}")
@@ -51,10 +52,10 @@ def test_a_crash_starts_no_program_that_cores_are_piped_to(tenant: Tenant, piped
     assert rlimits.core_handler() == str(piped.parent / "handler")
     tenant.change(rlimits=_as_built())
     tenant.sh(CRASH)
-    assert not piped.exists()
     tenant.change(rlimits=_as_built(0))
     tenant.sh(CRASH)
-    assert piped.exists(), "the control: with a limit of 0 it is started"
+    assert eventually(piped.exists), "the control: with a limit of 0 it is started, and the kernel does not wait for it"
+    assert piped.read_text() == "started\n", "the first crash started it too"
 
 
 def test_show_says_what_fences_the_devices_and_that_nobody_listens_under_the_supervisor(
