@@ -2,12 +2,22 @@
 
 from tests.conftest import PROJECT
 
-WHOLE = ("tests/launch", "tests/limits", "tests/seccomp", "tests/escape", "tests/net")
+WHOLE = (
+    "tests/launch",
+    "tests/limits",
+    "tests/seccomp",
+    "tests/escape",
+    # Of tests/net what the kernel decides; what the project repairs takes half a minute a test inside.
+    "tests/net/test_made.py",
+    "tests/net/test_policy.py",
+    "tests/net/test_ports.py",
+    "tests/net/test_spoofing.py",
+)
 
 
 def whole() -> list[str]:
-    """Return the directories that there are."""
-    return [name for name in WHOLE if (PROJECT / name).is_dir()]
+    """Return those that there are."""
+    return [name for name in WHOLE if (PROJECT / name).exists()]
 
 
 def chosen() -> list[str]:
