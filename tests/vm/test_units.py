@@ -206,12 +206,15 @@ def test_the_watchdog_hears_of_a_supervisor_that_works_and_ends_one_that_hangs(b
     systemctl(booted, "restart", "isochamber.service")
 
 
-@pytest.mark.parametrize("verb", ["restart", "reload"])
+@pytest.mark.parametrize("verb", ["restart", "reload", "start"])
 def test_networks_are_made_again_when_nftables_is_asked_to(booted: Machine, verb: str) -> None:
     def as_planned() -> bool:
         return booted.run(ISOCHAMBER, "net", "check", timeout=DEADLINE).returncode == 0
 
     all_run(booted)
+    if verb == "start":
+        systemctl(booted, "stop", "nftables.service")
+        systemctl(booted, "start", "isochamber-net.service")
     assert as_planned()
     booted.check("nft", "flush", "ruleset")
     assert not as_planned()
