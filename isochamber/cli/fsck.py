@@ -64,7 +64,9 @@ def rollback(arguments: argparse.Namespace) -> int:
     from isochamber.build import entry  # noqa: PLC0415
 
     now = entry.rollback(common.state_of(arguments), arguments.tenant)
-    common.say(f"{printable(now['name'])}: back on {', '.join(lower.split('/')[1] for lower in now['lowers'])}")
+    common.say(
+        f"{printable(now['name'])}: back on {printable(', '.join(lower.split('/')[1] for lower in now['lowers']))}"
+    )
     return 0
 
 

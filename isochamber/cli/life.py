@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from isochamber.cli import common
-from isochamber.errors import EXIT_BAD_INPUT, IsochamberError
+from isochamber.errors import EXIT_BAD_INPUT, IsochamberError, printable
 
 
 def _do(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def _do(arguments: argparse.Namespace, **more: Any) -> dict[str, Any]:
 def _names(arguments: argparse.Namespace, **more: Any) -> int:
     answer = _do(arguments, **more)
     for name in answer["tenants"]:
-        common.say(name)
+        common.say(printable(name))
     return 0
 
 
@@ -57,7 +57,7 @@ def _stop_alone(arguments: argparse.Namespace) -> int:
             raise IsochamberError("is not configured", stage="stop", tenant=name, hint="isochamber ls")
         grace = entry["service"]["stop"]["grace"] if arguments.time is None else arguments.time
         if stopping.stop(entry["tid"], grace) and not arguments.all:
-            common.say(name)
+            common.say(printable(name))
     return 0
 
 

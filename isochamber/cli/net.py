@@ -31,7 +31,7 @@ def ls(arguments: argparse.Namespace) -> int:
         common.say(json.dumps(rows, indent=2))
         return 0
     columns = ("name", "ipv4", "ipv6", "ports", "egress", "rate", "bytes", "state")
-    lines = [{key: key.upper() for key in columns}, *({key: str(row[key]) for key in columns} for row in rows)]
+    lines = [{key: key.upper() for key in columns}, *({key: printable(row[key]) for key in columns} for row in rows)]
     widths = {key: max(len(line[key]) for line in lines) for key in columns}
     for line in lines:
         common.say("  ".join(line[key].ljust(widths[key]) for key in columns).rstrip())

@@ -29,6 +29,7 @@ def ls(arguments: argparse.Namespace) -> int:
     if arguments.json:
         common.say(json.dumps(rows, indent=2))
         return 0
+    rows = [{key: printable(value) for key, value in row.items()} for row in rows]
     columns = ("name", "tid", "status", "base", "uids")
     widths = {key: max([len(key), *(len(row[key]) for row in rows)]) for key in columns}
     for row in [{key: key.upper() for key in columns}, *rows]:

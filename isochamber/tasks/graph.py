@@ -7,7 +7,7 @@ from typing import Any
 
 from isochamber.build import space
 from isochamber.build.pipeline import Pipeline
-from isochamber.errors import IsochamberError
+from isochamber.errors import IsochamberError, printable
 from isochamber.launch import command
 from isochamber.net import lifecycle
 from isochamber.serve import run as supervised
@@ -151,7 +151,7 @@ def prune(pipeline: Pipeline, *, until_free: int | None = None) -> None:
         for kind, name, size in lifecycle.prune(
             pipeline.state, pipeline.spec, pipeline.reporter, until_free=until_free
         ):
-            sys.stdout.write(f"removed {kind} {name}: {size} bytes\n")
+            sys.stdout.write(f"removed {kind} {printable(name)}: {size} bytes\n")
             total += size
     sys.stdout.write(f"{total} bytes freed\n")
     left = space.free(pipeline.state.root)[0]

@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from isochamber.build import network
+from isochamber.spec import network as spec_network
+from isochamber.spec.model import Subnets
 from tests.tasks.world import World, write_package
 
 # Clears the screen, sets the clipboard (OSC 52), goes back to the line's begin, rings, and turns the text round.
@@ -75,3 +79,48 @@ def test_what_is_wrong_in_a_learned_list_is_printed_escaped(world: World) -> Non
     path = world.root / "tenants_persist" / world.entry("one")["tid"] / "seccomp.yaml"
     path.write_text(f"version: 1\narchitectures: []\napproved: []\ncalls:\n  {json.dumps(NASTY)}: []\n")
     _plain(_said(world, "isochamber.tasks", "configure:one"))
+
+
+def _all_of(world: World, *words: str) -> str:
+    """Return what a command prints, whether it fails or not, as a terminal would get it."""
+    done = subprocess.run(
+        words, env=world.environment, cwd=world.directory, stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120, check=False,
+    )  # fmt: skip
+    return done.stdout.decode("utf-8", "surrogateescape")
+
+
+def _edit(world: World, **changes: object) -> None:
+    """Change the entry of "one" by hand, one entry a line as the registry has it."""
+    path = world.root / "containers.json"
+    entries = [{**entry, **changes} if entry["name"] == "one" else entry for entry in json.loads(path.read_text())]
+    path.write_text("[\n" + ",\n".join(json.dumps(entry) for entry in entries) + "\n]\n")
+
+
+@pytest.mark.parametrize("words", [("ls",), ("show", NASTY), ("fsck",)], ids=" ".join)
+def test_a_name_in_containers_json_is_printed_escaped(world: World, words: tuple[str, ...]) -> None:
+    _edit(world, name=NASTY)
+    _plain(_all_of(world, sys.executable, "-m", "isochamber", *words))
+
+
+@pytest.mark.parametrize("verb", ["ls", "check"])
+def test_a_name_that_has_a_network_is_printed_escaped(world: World, verb: str) -> None:
+    entry = world.entry("one")
+    wanted, problems = spec_network.parse({"egress": "all"})
+    assert not problems
+    net = network.make("0" * 8, entry["tid"], entry["uid_base"], wanted, Subnets("10.77.0.0/16", "fd77:7777:7777::/64"))
+    _edit(world, name=NASTY, network="bridge", net=net)
+    _plain(_all_of(world, "unshare", "-n", sys.executable, "-m", "isochamber", "net", verb))
+
+
+@pytest.mark.parametrize(
+    "words", [("isochamber", "prune"), ("isochamber.tasks", "prune"), ("isochamber", "fsck")], ids=" ".join
+)
+def test_a_stray_directory_is_named_escaped(world: World, words: tuple[str, ...]) -> None:
+    for kind in ("layers", "base_fs", "tenants_fs", "tenants_persist"):
+        (world.root / kind / NASTY).mkdir()
+    try:
+        _plain(_all_of(world, sys.executable, "-m", *words))
+    finally:
+        for kind in ("layers", "base_fs", "tenants_fs", "tenants_persist"):
+            shutil.rmtree(world.root / kind / NASTY, ignore_errors=True)

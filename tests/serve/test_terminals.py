@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from isochamber.launch import records
+from isochamber.launch.running import catches
 from tests.launch.tenants import Tenant
 from tests.serve.world import DEADLINE, FOREVER, Terminal, World, eventually, gone
 
@@ -67,6 +68,8 @@ def test_signals_to_the_launcher_reach_the_tenant(world: World, add: Add) -> Non
     with launcher:
         assert launcher.stdout is not None
         assert launcher.stdout.readline() == "up\n"
+        # The tenant may say so while the launcher still hears of the start: until then a signal ends both.
+        eventually(lambda: catches(launcher.pid, signal.SIGTERM), "the launcher takes signals")
         launcher.send_signal(signal.SIGTERM)
         assert launcher.wait(DEADLINE) == 3
 
