@@ -96,7 +96,8 @@ def test_a_project_bounds_what_a_tenant_writes_and_is_not_left(state: Path) -> N
     assert disk.project_of(str(state), tenant.tid) == tenant.uid_base
     tenant.change(disk=24 * MIB, home=f"tenants_fs/{tenant.tid}/home")
     try:
-        said = tenant.output(f"cat /home/kept; {FILL}; rm -f /home/fill; {LEAVE} /home/mine")
+        # /var is copied up before all is used: that needs a block.
+        said = tenant.output(f"cat /home/kept; mkdir /var/d; {FILL}; rm -f /home/fill; {LEAVE} /home/mine")
         kept, home, upper, _, left = said.split()
         assert kept == "kept"
         assert 20 <= int(home) + int(upper) <= 24
