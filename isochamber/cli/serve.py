@@ -35,7 +35,10 @@ def metrics(_arguments: argparse.Namespace) -> int:
     """Print the supervisor's metrics as OpenMetrics text."""
     from isochamber.serve import client  # noqa: PLC0415
 
-    os.write(1, client.ask(client.need(), {"verb": "metrics"})["text"].encode())
+    text = client.ask(client.need(), {"verb": "metrics"})["text"]
+    if os.isatty(1):
+        text = "\n".join(map(printable, text.split("\n")))
+    common.write_all(1, text.encode())
     return 0
 
 

@@ -112,11 +112,6 @@ def _show_fences(entry: dict[str, Any]) -> None:
     handler = rlimits.core_handler()
     if handler is not None:
         common.say(f"{'warning':<11} core dumps: kernel.core_pattern starts {printable(handler)} as the host's root")
-    if entry["seccomp"]["mode"] == "notify":
-        common.say(
-            f"{'warning':<11} seccomp: under isochamber serve nobody listens: a call outside the list answers ENOSYS, "
-            "unreported; use errno there"
-        )
 
 
 def delete(arguments: argparse.Namespace) -> int:

@@ -75,6 +75,15 @@ def await_groups(end: _socket.socket) -> None:
         raise IsochamberError("nobody wants it any more", stage="launch")
 
 
+def send_said(end: _socket.socket, line: str) -> None:
+    """Give a launcher a line for its operator; one that does not listen misses it."""
+    try:
+        packet = Word.SAID + line.encode("utf-8", "backslashreplace")
+        end.send(packet[: messages.MAXIMUM], _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
+    except OSError:
+        pass
+
+
 def send_ended(end: _socket.socket, status: int) -> None:
     """Say that the tenant ended with the wait status ``status`` (wait(2))."""
     _send(end, Word.ENDED + str(status).encode())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from isochamber.launch.entry import Entry
     from isochamber.launch.running import Running
 
-_SIGSYS = 31
+SIGSYS = 31  # everywhere but on MIPS, Alpha and SPARC
 
 
 class Enforcement:
@@ -52,10 +52,9 @@ class Enforcement:
         """Tell what the kernel's log says of the run; a death by the filter is told in any case."""
         self._stop()
         mode, name = self._entry.seccomp.mode, self._entry.name
-        killed = self._running.exit_code == EXIT_SIGNAL_BASE + _SIGSYS
+        killed = self._running.exit_code == EXIT_SIGNAL_BASE + SIGSYS
         told = self._log is not None and self._log.tell(self._refusals, mode, expected=killed)
         if killed and not told:
-            remedy = f"isochamber learn {name} would allow" if mode == "kill" else "no tenant may make"
-            self._say(f"{name}: seccomp: killed by its filter (SIGSYS), for a call that {remedy}")
+            self._say(refusals.death(name, mode))
         if self._log is not None:
             self._log.close()

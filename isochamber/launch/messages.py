@@ -8,6 +8,7 @@ close-on-exec, so nothing of it reaches the tenant.
     keeper      -> tenant side that waits   GO
     launcher    -> tenant side, after LISTENER   GO
     launcher through the supervisor -> keeper   SIGNAL, FREEZE
+    keeper      -> launcher through the supervisor   SAID
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ class Word:
     LISTENER = b"N"  # its learned filter hands calls to us; decimal: the listener's descriptor, in the tenant's process
     GO = b"G"  # to one that waits: NUL between the words to run, none for its own; its descriptors 0, 1 and 2 or none
     SIGNAL = b"K"  # from a launcher that may not signal itself; decimal: the signal
+    SAID = b"I"  # to such a launcher: a line for its operator, UTF-8
     FREEZE = b"Z"  # from such a launcher: 1 stops the tenant, 0 continues it
 
 
-WORDS = frozenset(
-    (Word.STARTED, Word.TERMINAL, Word.FAILED, Word.LEFT, Word.ENDED, Word.LISTENER, Word.GO, Word.SIGNAL, Word.FREEZE)
-)
+_OF_A_START = (Word.STARTED, Word.TERMINAL, Word.FAILED, Word.LEFT, Word.ENDED, Word.LISTENER, Word.GO)
+WORDS = frozenset((*_OF_A_START, Word.SIGNAL, Word.FREEZE, Word.SAID))
 
 
 class Failure:

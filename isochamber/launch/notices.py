@@ -41,9 +41,9 @@ class Notices:
         except OSError:
             pass  # an older kernel
 
-    def serve(self) -> bool:
-        """Answer what is waiting; returns False when nobody is left who could ask."""
-        for _ in range(_AT_ONCE):
+    def serve(self, most: int = _AT_ONCE) -> bool:
+        """Answer what is waiting, ``most`` of it at once; returns False when nobody is left who could ask."""
+        for _ in range(most):
             ready = self._poller.poll(0)
             if not ready:
                 return True
@@ -103,16 +103,26 @@ class Learner:
 class Refuser:
     """Refuses, and reports."""
 
-    def __init__(self, refusals: Refusals) -> None:
-        self._refusals = refusals
+    def __init__(self, refusals: Refusals, host_pid: Callable[[int], int] = int) -> None:
+        """``host_pid`` turns a pid of ours into the one that /proc has, where these differ."""
+        self._refusals, self._host_pid = refusals, host_pid
+        self.count = 0
 
     def __call__(self, pid: int, number: int, arguments: tuple[int, ...]) -> int:
         """Answer one call."""
-        self._refusals.add(number, arguments, _program(pid))
+        self.count += 1
+        self._refusals.add(number, arguments, self._program(pid))
         return errno.EPERM
 
+    def _program(self, pid: int) -> str:
+        try:
+            return program_of(self._host_pid(pid))
+        except OSError:
+            return program_of(-1)
 
-def _program(pid: int) -> str:
+
+def program_of(pid: int) -> str:
+    """Return what the process ``pid`` runs, for a message."""
     try:
         return os.readlink(f"/proc/{pid}/exe")
     except OSError:

@@ -64,6 +64,12 @@ class Refusals:
         return names if isinstance(names, dict) else {"calls": {}, "matters": {}}
 
 
+def death(tenant: str, mode: str) -> str:
+    """Return what is said of a tenant that ended by SIGSYS, where the kernel's log did not tell for which call."""
+    remedy = f"isochamber learn {tenant} would allow" if mode == "kill" else "no tenant may make"
+    return f"{tenant}: seccomp: killed by its filter (SIGSYS), for a call that {remedy}"
+
+
 def _text(value: int, bits: bool, names: dict[str, str]) -> str:
     if not bits:
         return names.get(str(value), f"{value:#x}")

@@ -1,8 +1,7 @@
 """System calls that Python does not offer: one typed function each, under its kernel name.
 
-The only module of the project that imports ctypes. Every function raises OSError
-with the path (or what stands for it); a call that the kernel does not have raises
-OSError(ENOSYS) whose text names the call and the kernel version that brought it.
+The only module that imports ctypes. Every function raises OSError with the path (or what stands for it);
+a call that the kernel does not have raises OSError(ENOSYS) whose text names it and the version that brought it.
 Sources: man pages, section 2, unless a docstring says otherwise.
 """
 

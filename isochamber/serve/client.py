@@ -14,7 +14,7 @@ from isochamber.serve import wire
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
 VERSION = 1  # of the protocol
@@ -92,7 +92,7 @@ def _error(told: dict[str, Any]) -> IsochamberError:
 class Remote:
     """A tenant, or a command beside one, that the supervisor started for us: what launch.running.Running is nearby."""
 
-    __slots__ = ("_beside", "_control", "end", "exit_code", "failure", "master", "pid", "pidfd", "tenant")
+    __slots__ = ("_beside", "_control", "end", "exit_code", "failure", "master", "pid", "pidfd", "say", "tenant")
 
     def __init__(self, request: dict[str, Any]) -> None:
         """Have it started with our descriptors 0, 1 and 2; raises IsochamberError."""
@@ -103,6 +103,7 @@ class Remote:
         self.master: int | None = None
         self.failure: IsochamberError | None = None
         self.exit_code: int | None = None
+        self.say: Callable[[str], None] | None = None  # prints a line for the operator
         self.end, other = channel.pair()
         self._control = need()
         try:
@@ -122,6 +123,9 @@ class Remote:
             self.master = descriptor
         elif word == Word.FAILED:
             self.failure = channel.failure_of(packet, self.tenant)
+        elif word == Word.SAID:
+            if self.say is not None:
+                self.say(packet[1:].decode("utf-8", "replace"))
         elif word == Word.ENDED:
             code = exit_code_of(int(packet[1:]))
             self.exit_code = code if self.failure is None else self.failure.exit_code

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from isochamber.launch.start import Prepared
+    from isochamber.serve.refusing import Refusing
     from isochamber.serve.ring import Ring
 
 _CHUNK = 65536
@@ -28,8 +29,8 @@ class Held:
 
     __slots__ = (
         "attached", "client", "ended_at", "failure", "fds", "host_pid", "key", "kind", "left_out", "master", "name",
-        "note", "notify", "pid", "pidfd", "pipes", "prepared", "ready", "ring", "running", "setup", "start_time",
-        "started_at", "status", "tid",
+        "note", "notify", "pid", "pidfd", "pipes", "prepared", "ready", "refusing", "ring", "running", "setup",
+        "start_time", "started_at", "status", "tid",
     )  # fmt: skip
 
     def __init__(self, key: str, kind: str, tid: str, name: str) -> None:
@@ -49,6 +50,7 @@ class Held:
         self.master: int | None = None  # its terminal, where nobody but us holds it
         self.ring: Ring | None = None
         self.notify: _socket.socket | None = None
+        self.refusing: Refusing | None = None  # once a learned filter in it hands calls over
         self.attached: list[_socket.socket] = []
         self.left_out = 0  # bytes that attached clients were too slow for
         self.status: int | None = None  # wait(2)
@@ -66,6 +68,7 @@ class Held:
             "cgroup": self.prepared.groups.v2 if self.prepared else None,
             "cgroups": self.prepared.groups.v1 if self.prepared else {}, "note": self.note,
             "lost": self.ring.failed if self.ring else 0, "terminal": self.master is not None,
+            "refused": self.refusing.count if self.refusing else 0,
         }  # fmt: skip
 
     def kill(self, number: int) -> None:

@@ -95,7 +95,7 @@ class Link:
             self._take(report)
 
     def _take(self, report: Report) -> None:
-        if report["on"] in ("started", "running", "ready", "ended", "held", "status", "left"):
+        if report["on"] in ("started", "running", "ready", "ended", "held", "status", "left", "syscall"):
             self._on_report(report)
         answer = self._answers.pop(report.get("id") or 0, None)
         if answer is not None and not answer.done():

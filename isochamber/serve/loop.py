@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import select
+import time
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,11 +15,12 @@ if TYPE_CHECKING:
 class Loop:
     """epoll(7), and an action a descriptor."""
 
-    __slots__ = ("_actions", "_epoll", "_round_is_over", "over")
+    __slots__ = ("_actions", "_epoll", "_later", "_round_is_over", "over")
 
     def __init__(self) -> None:
         self._epoll = select.epoll()
         self._actions: dict[int, Callable[[int], None]] = {}
+        self._later: list[tuple[float, Callable[[], None]]] = []
         self._round_is_over = False
         self.over = False
 
@@ -37,14 +39,32 @@ class Loop:
         if held is not None:
             held.fds.discard(descriptor)
 
+    def later(self, seconds: float, action: Callable[[], None]) -> None:
+        """Do ``action`` once, in ``seconds``."""
+        self._later.append((time.monotonic() + seconds, action))
+
+    def _do_what_is_due(self) -> None:
+        now = time.monotonic()
+        due = [action for when, action in self._later if when <= now]
+        self._later = [(when, action) for when, action in self._later if when > now]
+        for action in due:
+            action()
+
+    def _patience(self) -> float | None:
+        if not self._later:
+            return None  # for ever: a nursery that has nothing to do does nothing
+        return max(0.0, min(when for when, _ in self._later) - time.monotonic())
+
     def run(self, after: Callable[[], None]) -> None:
         """Go round until ``over``, and do ``after`` after every round."""
         while not self.over:
             self._round_is_over = False
-            for descriptor, happened in self._epoll.poll():
+            for descriptor, happened in self._epoll.poll(self._patience()):
                 self._actions[descriptor](happened)
                 if self._round_is_over:
                     break  # a number may stand for something else by now; what is left over is told again
+            if self._later:
+                self._do_what_is_due()
             after()
 
 

@@ -42,12 +42,13 @@ def text(supervisor: Supervisor) -> str:
     units = sorted(supervisor.units.values(), key=lambda one: one.name)
     known = supervisor.containers.by_tid()
     used: list[tuple[str, dict[str, Any]]] = []
-    states, restarts, unwell = [], [], []
+    states, restarts, refused, unwell = [], [], [], []
     for one in units:
         label = f'{{tenant="{_escaped(one.name)}"}}'
         state = "warm" if one.warm is not None and not one.runs else one.state()
         states += [(f'{{tenant="{_escaped(one.name)}",state="{name}"}}', float(name == state)) for name in _STATES]
         restarts.append((label, float(one.restarts)))
+        refused.append((label, float(one.refused)))
         if one.health:
             unwell.append((label, float(one.health == "healthy")))
         found = usage.of(one, has_network=containers.has_network(known.get(one.tid)))
@@ -55,6 +56,7 @@ def text(supervisor: Supervisor) -> str:
             used.append((label, found))
     lines = _family("state", "gauge", "1 for the state that the tenant is in.", states)
     lines += _family("restarts", "counter", "Restarts by the supervisor.", restarts)
+    lines += _family("refused_syscalls", "counter", "System calls that its learned list refused.", refused)
     lines += _family("healthy", "gauge", "1 while its health command succeeds.", unwell)
     for name, kind, about, key, factor in _PER_TENANT:
         lines += _family(name, kind, about, [(label, found[key] * factor) for label, found in used])

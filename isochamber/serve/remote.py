@@ -44,7 +44,9 @@ def run(request: dict[str, Any]) -> int:
     if os.isatty(0) and os.environ.get("TERM"):
         request["term"] = os.environ["TERM"]
     started = client.Remote(request)
-    code = foreground.Foreground(started).supervise()
+    shown = foreground.Foreground(started)
+    started.say = shown.say
+    code = shown.supervise()
     if started.failure is not None:
         raise started.failure
     return code

@@ -83,7 +83,7 @@ class Starts:
             process.read(packet)  # it does while we go on
             prepared = start.Prepared(
                 order["root"], entry, own_terminal=bool(order.get("terminal")), waits=kind == "warm",
-                spare=True, trees=self._trees.trees, namespaces=self._namespaces,
+                spare=True, listens=True, trees=self._trees.trees, namespaces=self._namespaces,
             )  # fmt: skip
             held.prepared = prepared
             self._make_notify(held, entry)

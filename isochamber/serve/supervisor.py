@@ -175,6 +175,9 @@ class Supervisor:
         if kind in ("running", "ready", "status"):
             self._step(kind, report)
             return
+        if kind == "syscall":
+            self._refused(report)
+            return
         if kind == "left":
             self.event("error", None, error=link.error_of(report["error"]).line())
             return
@@ -190,6 +193,7 @@ class Supervisor:
             self._warm_report(one, kind, report)
             return
         if kind == "started":
+            one.refused_before = one.refused
             one.warm = None
             one.paused = one.unhealthy = False
             one.health = "starting" if one.note.get("health") else ""
@@ -201,6 +205,15 @@ class Supervisor:
                 self.health.watch(one)
         elif kind == "ended":
             self._ended(one)
+
+    def _refused(self, report: Report) -> None:
+        """A learned filter has refused something: how often until now, and a line where it is news."""
+        one = self.units.get(report["key"])
+        if one is None or one.held is None:
+            return
+        one.held["refused"] = report["refused"]
+        if report["text"]:
+            self.event("refused", one, text=report["text"])
 
     def _step(self, kind: str, report: Report) -> None:
         one = self.units.get(report["key"])

@@ -10,7 +10,7 @@ from isochamber.errors import IsochamberError
 from isochamber.launch import channel
 from isochamber.launch.lean import signal
 from isochamber.launch.messages import Word
-from isochamber.serve import rebind, wire
+from isochamber.serve import rebind, refusing, wire
 from isochamber.serve.loop import readable
 
 TYPE_CHECKING = False
@@ -98,6 +98,8 @@ class Tending:
                 held.master = descriptor
                 held.pipes[descriptor] = 1
                 self.watch_pipe(held, descriptor)
+        elif word == Word.LISTENER:
+            self._take_listener(held, int(packet[1:]))
         elif word == Word.FAILED:
             held.failure = _told(packet)
             if held.client is not None:
@@ -105,6 +107,17 @@ class Tending:
                     held.client.send(packet, _socket.MSG_NOSIGNAL)
                 except OSError:
                     pass  # nobody waits for it
+
+    def _take_listener(self, held: Held, number: int) -> None:
+        """Take what its learned filter hands over; a tenant whose refusals nobody could report does not run."""
+        try:
+            refusing.take(self._nursery, held, number)
+        except OSError as error:
+            wrapped = IsochamberError.from_os(error, stage="launch", tenant=held.name)
+            held.failure = told_of(wrapped)
+            if held.client is not None:
+                channel.send_failure(held.client, "load the system call filters", wrapped)
+            held.kill(signal.SIGKILL)
 
     def _hear_client(self, held: Held) -> None:
         """A launcher may ask for signals and freezing; when it dies, what it started ends."""
@@ -157,6 +170,7 @@ class Tending:
             self._loop.unwatch(descriptor, held)
             while readable(descriptor) and held.take_output(descriptor):
                 pass
+        refusing.finish(self._nursery, held)
         for descriptor in tuple(held.fds):
             self._loop.unwatch(descriptor, held)
         lost = held.ring.failed if held.ring else 0

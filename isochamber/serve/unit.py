@@ -35,12 +35,18 @@ class Unit:
     restart_timer: asyncio.TimerHandle | None = None
     health_task: asyncio.Task[None] | None = None
     limits_hit: int = 0
+    refused_before: int = 0  # system calls that its filters refused in the runs before this one
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def runs(self) -> bool:
         """Whether its first process is there."""
         return self.held is not None and self.held["status"] is None
+
+    @property
+    def refused(self) -> int:
+        """Count the system calls that its filters refused, as far as anybody was told."""
+        return self.refused_before + int((self.held or {}).get("refused", 0))
 
     @property
     def is_ready(self) -> bool:
