@@ -202,7 +202,9 @@ def _belongs_to(state: State, tid: str, slot: str, entry: Entry | None) -> list[
 
 def _refresh_upper(state: State, entry: Entry, former: Entry | None, reporter: Reporter) -> None:
     tid, slot = entry["tid"], slot_of(entry)
-    if former is None and _lowers_of(state, tid, slot) is None and not any((state.root / entry["upper"]).iterdir()):
+    upper = state.root / entry["upper"]
+    # The second slot has no upper yet when the first configure was cut, and the layers changed before the next.
+    if former is None and _lowers_of(state, tid, slot) is None and upper.is_dir() and not any(upper.iterdir()):
         return  # just made
     running = records.running(tid)
     if running is not None and running.waits:

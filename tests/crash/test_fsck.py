@@ -147,6 +147,20 @@ def test_rollback_goes_back_to_the_former_layers_and_upper_and_forth_again(serve
     assert _found(fresh, deep=True) == []
 
 
+def test_a_first_configure_that_was_cut_before_its_entry_does_not_stand_in_the_way_of_other_layers(
+    server: Server, fresh: World
+) -> None:
+    """The upper's lowers were written, the entry was not, and then the package changed: the second slot is new."""
+    tid = str(_entry(fresh)["tid"])
+    (fresh.root / "containers.json").unlink()
+    (fresh.root / "tenants_fs" / tid / "former.json").unlink(missing_ok=True)
+    fresh.change(7)
+    server.do("configure", fresh)
+    assert str(_entry(fresh)["upper"]).endswith(".b")
+    assert _of(fresh, "upper").is_dir()
+    assert not _found(fresh, deep=True)
+
+
 def test_fsck_speaks_json_and_its_exit_code_tells(server: Server, fresh: World) -> None:
     import subprocess
     import sys
