@@ -130,22 +130,13 @@ def _make(
         (number,) = struct.unpack("=i", os.read(ready_read, 4) or b"\5\0\0\0")
         if number:
             raise OSError(number, f"a {kind} namespace can't be made: {os.strerror(number)}", path)
-        seen = _as_proc_counts(child)
+        seen = records.as_proc_counts(child)
         from_outside(seen)
         syscalls.mount(f"/proc/{seen}/ns/{kind}", path, None, syscalls.MS_BIND)
     finally:
         os.close(done_write)
         os.close(ready_read)
         os.waitpid(child, 0)
-
-
-def _as_proc_counts(child: int) -> int:
-    """Return the number that /proc knows ``child`` by: who keeps many tenants is in a PID namespace of its own."""
-    pidfd = os.pidfd_open(child)
-    try:
-        return records.pid_of(pidfd)
-    finally:
-        os.close(pidfd)
 
 
 def _write_maps(pid: int, uid_base: int, uid_count: int) -> None:

@@ -88,6 +88,18 @@ def pid_of(pidfd: int) -> int:
         return next(int(line.split()[1]) for line in file if line.startswith(b"Pid:"))
 
 
+def as_proc_counts(child: int) -> int:
+    """Return the number that /proc knows ``child`` by: who keeps many tenants is in a PID namespace of its own.
+
+    Raises OSError.
+    """
+    pidfd = os.pidfd_open(child)
+    try:
+        return pid_of(pidfd)
+    finally:
+        os.close(pidfd)
+
+
 def start_time(pid: int) -> int:
     """Return field 22 of proc_pid_stat(5); raises FileNotFoundError when the process is gone."""
     with open(f"/proc/{pid}/stat", "rb") as file:

@@ -32,7 +32,7 @@ class Refusing:
         self._refuser: notices.Refuser | None = None
         if held.prepared is not None:
             self._refusals = refusals.Refusals(held.prepared.root, held.name, self.say)
-            self._refuser = notices.Refuser(self._refusals, _host_pid)
+            self._refuser = notices.Refuser(self._refusals, records.as_proc_counts)
         self._listeners: dict[int, notices.Notices] = {}
         self._clients: dict[int, Held] = {}  # listener -> whose launcher hears of it
         self._asked = -1  # the listener that is being answered
@@ -107,15 +107,6 @@ class Refusing:
     def _report(self, line: str) -> None:
         self._reported = self.count
         self._nursery.report({"on": "syscall", "key": self._held.key, "refused": self.count, "text": line})
-
-
-def _host_pid(pid: int) -> int:
-    """Return the number that the host's /proc has for a pid of the nursery's own namespace; raises OSError."""
-    pidfd = os.pidfd_open(pid)
-    try:
-        return records.pid_of(pidfd)
-    finally:
-        os.close(pidfd)
 
 
 def _of(nursery: Nursery, held: Held) -> Refusing | None:

@@ -24,12 +24,11 @@ from typing import Any
 from isochamber import paths
 from isochamber.build import backup, durable, entry, fsck, gc, locks, recover, registry
 from isochamber.build import restore as restoring
-from isochamber.build.pipeline import Pipeline
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import command, records
 from tests.build.products import eventually, processes_of
-from tests.crash.world import SCRIPT, World
+from tests.crash.world import SCRIPT, World, make_missing
 
 WORKERS = 4
 OWNED = 2
@@ -83,21 +82,7 @@ class Chaos(World):
         with registry.together(pipeline.state):
             registry._together.due = float("inf")  # type: ignore[union-attr] # as after a slow write
             for name in names:
-                _configure(pipeline, name)
-
-
-def _configure(pipeline: Pipeline, name: str) -> None:
-    tenant = pipeline.tenant(name)
-    if not pipeline.base_current(tenant.base):
-        pipeline.make_base(tenant.base)
-    if not pipeline.dirs_current(name):
-        pipeline.make_dirs(name)
-    if not pipeline.layer_current(name):
-        pipeline.make_layer(name)
-    if not pipeline.home_current(name):
-        pipeline.make_home(name)
-    if not pipeline.configured(name):
-        pipeline.configure(name)
+                make_missing(pipeline, name)
 
 
 @dataclass

@@ -140,21 +140,23 @@ def configure(world: World) -> None:
     pipeline = world.pipeline()
     recover.clean(pipeline.state)
     with registry.together(pipeline.state):
-        _make_missing(pipeline)
+        for name in pipeline.spec.tenants:
+            make_missing(pipeline, name)
 
 
-def _make_missing(pipeline: Pipeline) -> None:
-    for name, tenant in pipeline.spec.tenants.items():
-        if not pipeline.base_current(tenant.base):
-            pipeline.make_base(tenant.base)
-        if pipeline.identity_of(name) is None:
-            pipeline.make_dirs(name)
-        if not pipeline.layer_current(name):
-            pipeline.make_layer(name)
-        if not pipeline.home_current(name):
-            pipeline.make_home(name)
-        if not pipeline.configured(name):
-            pipeline.configure(name)
+def make_missing(pipeline: Pipeline, name: str) -> None:
+    """Do what doit does for one tenant: whatever is not as it should be."""
+    base_name = pipeline.tenant(name).base
+    if not pipeline.base_current(base_name):
+        pipeline.make_base(base_name)
+    if not pipeline.dirs_current(name):
+        pipeline.make_dirs(name)
+    if not pipeline.layer_current(name):
+        pipeline.make_layer(name)
+    if not pipeline.home_current(name):
+        pipeline.make_home(name)
+    if not pipeline.configured(name):
+        pipeline.configure(name)
 
 
 def delete(world: World) -> None:
