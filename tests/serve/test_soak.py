@@ -83,11 +83,9 @@ def _soak(world: World, add: Add, starts: int, kills: int) -> float:
     world.ask("stop", *(tenant.name for tenant in everyone), time=0)
     nursery = nursery_of(keeper)
     _settle(world, everyone)
-    before = (
-        descriptors_of(nursery),
-        tenants.host_mounts(),
-        sorted(os.listdir(Path(paths.run_directory(), "tenants"))),
-    )
+    for verb in ("pause", "resume"):  # once it answers, the round in which it forked its spare process is over
+        world.ask(verb, keeper.name)
+    before = _traces(nursery)
     begun = time.monotonic()
     with Workers(groups) as workers:
         for number in range(1, kills + 1):
