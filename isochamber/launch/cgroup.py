@@ -112,9 +112,11 @@ def make(tid: str, controllers: Iterable[str], found: Trees) -> Groups:
             _make_anew(group, _remove_v1)
         if found.v2 is not None and groups.v2 is not None:
             group = groups.v2
-            for controller in wanted:
-                if controller not in groups.v1:
-                    _enable(groups, found.v2, controller)
+            enabled = [controller for controller in wanted if controller not in groups.v1]
+            if enabled:
+                os.makedirs(os.path.dirname(group), 0o755, exist_ok=True)
+            for controller in enabled:
+                _enable(groups, found.v2, controller)
             _make_anew(group, remove)
     except OSError as error:
         raise IsochamberError.from_os(
@@ -136,7 +138,6 @@ def _make_anew(group: str, remove_one: Remover) -> None:
 def _enable(groups: Groups, tree: str, controller: str) -> None:
     """Let the tenants' groups have a v2 controller: each level gives it to the next (cgroup-v2.rst, 2-4-1)."""
     parent = tree
-    os.makedirs(f"{tree}/{paths.cgroup_parent()}", 0o755, exist_ok=True)
     try:
         for level in [*paths.cgroup_parent().split("/"), ""]:
             if controller not in _read(parent, "cgroup.controllers").split():

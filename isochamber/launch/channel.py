@@ -35,7 +35,7 @@ def send_failure(end: _socket.socket, step: str, error: IsochamberError, word: b
     _send(end, messages.encode_failure(word, failure))
 
 
-def failure_of(packet: bytes, tenant: str) -> IsochamberError:
+def failure_of(packet: bytes, tenant: str | None) -> IsochamberError:
     """Return what a packet of :func:`send_failure` says as the error that it was, of ``tenant``."""
     told = messages.decode_failure(packet)
     return IsochamberError(

@@ -90,9 +90,10 @@ class Prepared:
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
             join.ensure(root, entry, self.net)
             self.allowed = devicegroup.rules(entry.devices)
-            self.groups = cgroup.groups_of(entry.tid, self._controllers(), trees())
+            found = trees()
+            self.groups = cgroup.groups_of(entry.tid, self._controllers(), found)
             if not spare:
-                self.make_groups()
+                self.make_groups(found)
             self.filters = seccomp.Filters(root, entry.seccomp, listens=listens)
             self.highest_capability = capabilities.last()
             self.host_namespaces = namespaces or verify.namespaces()
@@ -108,10 +109,13 @@ class Prepared:
     def _controllers(self) -> list[str]:
         return [*limits.controllers(self.entry.limits), devicegroup.CONTROLLER]
 
-    def make_groups(self) -> None:
-        """Make the control groups, with every limit and the fence of the devices in force. Raises IsochamberError."""
+    def make_groups(self, found: cgroup.Trees | None = None) -> None:
+        """Make the control groups, with every limit and the fence of the devices in force. Raises IsochamberError.
+
+        ``found`` is where the trees are, for who has just looked.
+        """
         entry = self.entry
-        self.groups = cgroup.make(entry.tid, self._controllers(), self.trees())
+        self.groups = cgroup.make(entry.tid, self._controllers(), found or self.trees())
         limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_for(entry.limits, self.root))
         devicegroup.apply(self.groups, self.allowed)
 

@@ -101,7 +101,7 @@ class Tending:
         elif word == Word.LISTENER:
             self._take_listener(held, int(packet[1:]))
         elif word == Word.FAILED:
-            held.failure = _told(packet)
+            held.failure = told_of(channel.failure_of(packet, None))
             if held.client is not None:
                 try:
                     held.client.send(packet, _socket.MSG_NOSIGNAL)
@@ -198,7 +198,7 @@ class Tending:
         if descriptor is not None:
             os.close(descriptor)
         if word == Word.FAILED:
-            held.failure = _told(packet)
+            held.failure = told_of(channel.failure_of(packet, None))
             if held.client is not None:
                 held.client.send(packet, _socket.MSG_NOSIGNAL)
         elif word is None:
@@ -211,14 +211,4 @@ def told_of(error: IsochamberError) -> dict[str, Any]:
     return {
         "what": error.what, "stage": error.stage, "tenant": error.tenant, "path": error.path, "errno": error.errno,
         "hint": error.hint, "exit_code": error.exit_code,
-    }  # fmt: skip
-
-
-def _told(packet: bytes) -> dict[str, Any]:
-    from isochamber.launch import messages  # noqa: PLC0415 - only when something failed
-
-    told = messages.decode_failure(packet)
-    return {
-        "what": told.what, "stage": told.step, "tenant": None, "path": told.path, "errno": told.errno,
-        "hint": told.hint, "exit_code": told.code,
     }  # fmt: skip
