@@ -96,11 +96,12 @@ _REBUILD = "removed and built again"
 
 def _namespace(state: State) -> Iterator[Finding]:
     files = state.namespace_files()
+    existed = any(os.path.lexists(file) for file in files)  # before the read: somebody may be creating it now
     found = [states.read_uuid(file) for file in files]
     present = [uuid for uuid in found if uuid is not None]
     persisted = [path for path in (state.root / paths.TENANTS_PERSIST).glob("*") if len(path.name) == 32]
     if not present:
-        if persisted or any(os.path.lexists(file) for file in files):
+        if persisted or existed:
             problem = "is lost or damaged, and so is its copy"
             yield Finding("namespace", str(files[0]), problem, "put it back from a backup", repairable=False)
         return

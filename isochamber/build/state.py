@@ -48,10 +48,11 @@ class State:
     def _read_namespace(self) -> uuid.UUID | None:
         """Read it, or its copy where the file itself is lost or damaged; raises IsochamberError when both are."""
         first, *_ = files = self.namespace_files()
-        found = [read_uuid(file) for file in files]
-        namespace = next(filter(None, found), None)
+        # Missing or damaged is told by the one read: another process may be creating it at this moment.
+        existing = [(file, read_uuid(file)) for file in files if os.path.lexists(file)]
+        namespace = next((found for _, found in existing if found), None)
         if namespace is None:
-            if any(os.path.lexists(file) for file in files):
+            if existing:
                 raise IsochamberError("does not hold a UUID", stage="state", path=first, hint=_NAMESPACE_HINT)
             return None
         self.__dict__["_namespace"] = namespace  # it never changes, and None is never remembered
