@@ -52,7 +52,7 @@ class Rule:
     """What happens to one call, or to one use of it."""
 
     call: str
-    action: str  # ALLOW, NOTIFY, or the name of an errno
+    action: str  # ALLOW, NOTIFY, the name of an errno, or policy.PRETENDS
     conditions: tuple[Condition, ...] = ()
 
 
@@ -317,8 +317,15 @@ def _add(seccomp: ModuleType, made: object, architecture: int, rule: Rule) -> No
         for instead in _replaced(rule):
             _add(seccomp, made, architecture, instead)
         return
-    conditions = [seccomp.Arg(index, seccomp.MASKED_EQ, mask, value) for index, mask, value in rule.conditions]
+    conditions = [_argument(seccomp, condition) for condition in rule.conditions]
     made.add_rule(_action(seccomp, rule.action), number, *conditions)  # type: ignore[attr-defined] # pyseccomp's
+
+
+def _argument(seccomp: ModuleType, condition: Condition) -> object:
+    index, mask, value = condition
+    if mask == policy.NOT_NULL:
+        return seccomp.Arg(index, seccomp.NE, 0)
+    return seccomp.Arg(index, seccomp.MASKED_EQ, mask, value)
 
 
 def _replaced(rule: Rule) -> list[Rule]:
@@ -356,5 +363,8 @@ def _names(seccomp: ModuleType, architecture: int, last: int) -> list[str]:
 
 
 def _action(seccomp: ModuleType, action: str) -> int:
-    simple = {ALLOW: seccomp.ALLOW, KILL: seccomp.KILL_PROCESS, LOG: seccomp.LOG, NOTIFY: seccomp.NOTIFY}
+    simple = {
+        ALLOW: seccomp.ALLOW, KILL: seccomp.KILL_PROCESS, LOG: seccomp.LOG, NOTIFY: seccomp.NOTIFY,
+        policy.PRETENDS: seccomp.ERRNO(0),
+    }  # fmt: skip
     return int(simple[action] if action in simple else seccomp.ERRNO(getattr(errno, action)))

@@ -109,9 +109,9 @@ def _show_fences(entry: dict[str, Any]) -> None:
         common.say(f"{'warning':<11} devices: no control group fences them; only the granted ones lie in its /dev")
     else:
         common.say(f"{'devices by':<11} {printable(fence)}")
-    handler = rlimits.core_handler()
-    if handler is not None:
-        common.say(f"{'warning':<11} core dumps: kernel.core_pattern starts {printable(handler)} as the host's root")
+    asked = rlimits.core_socket()
+    if asked is not None:
+        common.say(f"{'warning':<11} core dumps: kernel.core_pattern sends them to the host's {printable(asked)}")
 
 
 def delete(arguments: argparse.Namespace) -> int:

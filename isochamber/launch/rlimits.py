@@ -7,18 +7,18 @@ import resource
 from isochamber.errors import IsochamberError
 
 
-def core_handler() -> str | None:
-    """Return the program of the host that core dumps are piped to, None where they go to files.
+def core_socket() -> str | None:
+    """Return the socket of the host that core dumps are sent to (Linux 6.16), None where there is none.
 
-    A limit of 1 byte, which tenants have, keeps it from being started, and one of 0 does not
-    (core(5)). So who means to lowers it, and the host's root reads what the tenant wrote.
+    It is asked whatever the limit is. A program that they are piped to is not: the limit of
+    1 byte that tenants have keeps it from being started (core(5)), and the filter keeps the limit.
     """
     try:
         with open("/proc/sys/kernel/core_pattern", encoding="utf-8", errors="surrogateescape") as file:
             pattern = file.read().strip()
     except OSError:
         return None
-    return pattern[1:].split(" ")[0] if pattern.startswith("|") else None
+    return pattern.lstrip("@").split(" ")[0] if pattern.startswith("@") else None
 
 
 def apply(limits: dict[str, int]) -> None:

@@ -15,7 +15,11 @@ from isochamber.spec.arguments import LOW_32_BITS
 # on every architecture counts alike.
 REVIEWED, LAST_REVIEWED = "set_mempolicy_home_node", 450
 
-Condition = tuple[int, int, int]  # index of an argument, mask, value: argument & mask == value
+# Index of an argument, mask, value: argument & mask == value; with the mask NOT_NULL a pointer that is not 0.
+Condition = tuple[int, int, int]
+NOT_NULL, _ALL_BITS = -1, (1 << 64) - 1
+
+PRETENDS = "worked"  # in place of an errno: nothing is done, and the program is told that it was
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,8 @@ _SOCKETS = {  # families whose socket(2) alone loads a module that few have ever
     "AF_SMC": "remote memory access",
     "AF_IB": "remote memory access",
 }
+RLIMIT_CORE = 4  # on every architecture that is built for
+
 _ALLOWED_FAMILIES = ("AF_UNIX", "AF_INET", "AF_INET6", "AF_NETLINK")
 _ALLOWED_PROTOCOLS = ("IPPROTO_IP", "IPPROTO_ICMP", "IPPROTO_TCP", "IPPROTO_UDP", "IPPROTO_ICMPV6")
 _ALLOWED_NETLINKS = ("NETLINK_ROUTE",)  # getifaddrs(3): nginx, Node, Go and ip(8) ask which interfaces there are
@@ -140,8 +146,22 @@ def _rows() -> Iterator[Denied]:
             )
     for name, why in _TERMINALS.items():
         yield Denied(f"ioctl:{name}", why, "EPERM", (_low(1, arguments.IOCTLS[name]),))
+    yield from _cores()
     yield from _families()
     yield from _protocols()
+
+
+def _cores() -> Iterator[Denied]:
+    """Keep the limit of 1 byte that every tenant has: the only one with which a crash starts no program of the host.
+
+    Who sets it wants no core in nearly all cases, and gets none. gpg(1) and ssh-agent(1) end when they are refused.
+    """
+    why = "the limit of core dumps, which keeps a crash from starting a program of the host's root"
+    core, new, no_old = _low(1, RLIMIT_CORE), (2, NOT_NULL, 1), (3, _ALL_BITS, 0)
+    yield Denied("setrlimit:RLIMIT_CORE", why, PRETENDS, (_low(0, RLIMIT_CORE),), approvable=False)
+    yield Denied("prlimit64:RLIMIT_CORE", why, PRETENDS, (core, new, no_old), approvable=False)
+    # Who also asks for the former one can't be told so, since nobody would write it down.
+    yield Denied("prlimit64:RLIMIT_CORE:old", why, "EPERM", (core, new, (3, NOT_NULL, 1)), approvable=False)
 
 
 def _families() -> Iterator[Denied]:

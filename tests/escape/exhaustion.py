@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tests.escape.guards import (
     CGROUP_KILL,
     CGROUPS,
     FEW_TERMINALS,
+    FILTER,
     INTO_CGROUP,
     NO_CGROUP_TREE,
     PIDS,
@@ -159,6 +161,28 @@ _TERMINALS = (
 )
 
 
+# 1 byte is the only limit with which a program that cores are piped to is not started (core(5)).
+_SETRLIMIT = {"x86_64": 160, "aarch64": 164, "riscv64": 164}
+_LOWERED = {
+    "by the shell": "ulimit -c 0",
+    "by the older call": (
+        f'exec perl -e \'my $none = pack("Q2", 0, 0); syscall({_SETRLIMIT.get(os.uname().machine, -1)}, 4, $none); '
+        'exec "/bin/sh", "-c", $ARGV[0]\' "$LOOK"'
+    ),
+    "of another process": "sh -c 'prlimit --core=0:0 --pid $PPID'",
+}
+
+
+def _lowered(how: str) -> Run:
+    look = "grep -q '^Max core file size *1 ' /proc/self/limits && echo kept || echo worked"
+
+    def run(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
+        script = f'LOOK={shlex.quote(look)}\n({how}\neval "$LOOK")'
+        return worlds.word(off, script, rlimits={"NOFILE": 1024, "CORE": 1})
+
+    return run
+
+
 def attempts() -> Iterator[Attempt]:
     """Yield every attempt of these groups."""
 
@@ -185,8 +209,14 @@ def attempts() -> Iterator[Attempt]:
     yield one("R06", "3,000 open files", (RESOURCES,), _perl(_OPEN), "EMFILE")
     yield one("R06", "3,000 ends of pipes", (RESOURCES,), _perl(_PIPES), "EMFILE")
     yield one("R08", "200 terminals", (FEW_TERMINALS,), _perl(_TERMINALS), "no more")
-    yield one("R10", "a core dump", (RESOURCES,), _core, "none allowed")
+    yield one("R10", "a core dump", (RESOURCES, FILTER), _core, "none allowed")
+    for title, how in _LOWERED.items():
+        yield one("R10", f"a limit of cores with which a crash starts the host's program, {title}", (FILTER,),
+                  _lowered(how), "kept")  # fmt: skip
 
 
 def _core(worlds: Worlds, off: Off, _attempt: Attempt) -> str:
-    return worlds.word(off, "ulimit -c unlimited 2>/dev/null; [ $(ulimit -c) = 0 ] && echo none allowed || echo worked")
+    # Whoever starts the launcher may have any limit: a known one shows whether the tenant raised it.
+    known = "import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, -1))\n" if off else ""
+    script = "ulimit -c unlimited 2>/dev/null; [ $(ulimit -c) = 0 ] && echo none allowed || echo worked"
+    return worlds.word(off, script, sabotage=known)

@@ -52,8 +52,8 @@ def call_of(row: Denied, extra: int = 0) -> Call:
         arguments = [1, 0, 0, 0, 0, 0]
     elif row.call == "ioctl":
         arguments = [0, 1, 1, 0, 0, 0]
-    for index, _mask, value in row.conditions:
-        arguments[index] = value | extra
+    for index, mask, value in row.conditions:
+        arguments[index] = value if extra & mask else value | extra
     return (row.call, *arguments)
 
 

@@ -11,10 +11,14 @@ def denied() -> list[str]:
     for row in policy.DENIED.values():
         grouped.setdefault((row.why, row.errno, row.approvable), []).append(row.name)
     rows = (
-        (" ".join(f"`{name}`" for name in names), why, f"`{error}`", "yes" if approvable else "")
+        (" ".join(f"`{name}`" for name in names), why, _answer(error), "yes" if approvable else "")
         for (why, error, approvable), names in grouped.items()
     )
     return _table(("refused", "it is", "answer", "may be approved"), rows)
+
+
+def _answer(error: str) -> str:
+    return "nothing is done, and no error" if error == policy.PRETENDS else f"`{error}`"
 
 
 def dangerous() -> list[str]:

@@ -175,13 +175,27 @@ class Machine:
         finally:
             self.kill()
 
-    def run(self, *argv: str, env: Mapping[str, str] | None = None, cwd: str = "/", timeout: float = 120) -> Done:
-        """Run a command inside to its end; raises MachineError when it takes longer than ``timeout`` seconds."""
+    def run(
+        self,
+        *argv: str,
+        env: Mapping[str, str] | None = None,
+        cwd: str = "/",
+        timeout: float = 120,
+        log: Path | None = None,
+    ) -> Done:
+        """Run a command inside to its end; raises MachineError when it takes longer than ``timeout`` seconds.
+
+        What it writes is in the file ``log`` as soon as it came.
+        """
         texts: dict[str, list[str]] = {"out": [], "err": []}
         status = None
-        for kind, value in self.stream(*argv, env=env, cwd=cwd, timeout=timeout, said=texts):
-            if kind == "status":
-                status = int(value)
+        with contextlib.nullcontext() if log is None else log.open("w", buffering=1) as written:
+            for kind, value in self.stream(*argv, env=env, cwd=cwd, timeout=timeout, said=texts):
+                if kind == "status":
+                    status = int(value)
+                elif written is not None:
+                    written.write(value)
+                    written.flush()
         assert status is not None
         return subprocess.CompletedProcess(argv, status, "".join(texts["out"]), "".join(texts["err"]))
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,8 +10,11 @@ from tests.vm import selection
 from tests.vm.image import INSIDE
 from tests.vm.machine import Done, Machine
 
-ENVIRONMENT = {"ISOCHAMBER_TEST_SCRATCH": "/srv", "ISOCHAMBER_TEST_MASTER": "/srv/master"}
+ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "ISOCHAMBER_TEST_SCRATCH": "/srv", "ISOCHAMBER_TEST_MASTER": "/srv/master"}
 PYTHON = f"{INSIDE}/.venv/bin/python"
+
+# Of what pytest says inside: what was skipped, and the counts of the escape suite.
+_SAID = re.compile(r"SKIPPED|(BLOCKED|CONTAINED|ESCAPED|NOT_TESTABLE) +\d|not testable here")
 
 HELLO = f"""\
 set -eu
@@ -27,8 +31,8 @@ rm -rf /srv/hello
 """
 
 
-def suite(machine: Machine, *words: str, timeout: float) -> Done:
-    """Run the project's tests inside."""
+def suite(machine: Machine, *words: str, timeout: float, log: Path | None = None) -> Done:
+    """Run the project's tests inside; what they say is in ``log`` as it comes."""
     pytest_words = (
         "-q",
         "-p",
@@ -39,9 +43,8 @@ def suite(machine: Machine, *words: str, timeout: float) -> Done:
         "-o",
         "faulthandler_timeout=1700",
     )
-    return machine.run(
-        PYTHON, "-m", "pytest", *pytest_words, *words, cwd=INSIDE, env=ENVIRONMENT, timeout=timeout
-    )  # fmt: skip
+    argv = (PYTHON, "-m", "pytest", *pytest_words, *words)
+    return machine.run(*argv, cwd=INSIDE, env=ENVIRONMENT, timeout=timeout, log=log)
 
 
 def passed(done: Done, capsys: pytest.CaptureFixture[str]) -> int:
@@ -49,7 +52,7 @@ def passed(done: Done, capsys: pytest.CaptureFixture[str]) -> int:
     assert done.returncode == 0, f"{done.stdout[-12000:]}\n{done.stderr[-2000:]}"
     lines = done.stdout.splitlines()
     with capsys.disabled():
-        for line in (line for line in lines if line.startswith("SKIPPED") or line == lines[-1]):
+        for line in (line for line in lines if _SAID.match(line) or line == lines[-1]):
             sys.stdout.write(f"\n  on the second kernel: {line}")
     found = re.search(r"(\d+) passed", done.stdout)
     assert found, done.stdout
@@ -94,6 +97,7 @@ def test_chosen_tests_of_the_suite_pass_there(machine: Machine, capsys: pytest.C
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("directory", selection.whole())
 def test_a_whole_directory_of_tests_passes_there(
-    machine: Machine, directory: str, capsys: pytest.CaptureFixture[str]
+    machine: Machine, directory: str, scratch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert passed(suite(machine, "-m", "not slow", directory, timeout=7000), capsys) > 0
+    words = ("--durations=25", "-m", "not slow", directory)
+    assert passed(suite(machine, *words, timeout=7000, log=scratch / "inside.log"), capsys) > 0
