@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 import zstandard
 
 from isochamber import paths
-from isochamber.build import durable, identity, locks, manifest, registry, space, tree
+from isochamber.build import disk, durable, identity, locks, manifest, registry, space, tree
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import cgroup, records
@@ -35,6 +35,7 @@ from isochamber.launch import cgroup, records
 FORMAT = 1
 META, HOME, BESIDE, LISTING = "isochamber.json", "home", "beside", paths.LISTING
 XATTRS = "ISOCHAMBER.xattrs"  # PAX keyword: JSON, name -> base64
+NOT_BESIDE = (identity.NAME, paths.DISK_IMAGE)  # given by who restores; a whole file system, which nobody could check
 MAX_BESIDE = 16 << 20  # bytes of one file that we keep beside /home
 MAX_PATH = 3500  # bytes: the kernel takes 4096 (PATH_MAX) at once
 
@@ -69,11 +70,12 @@ def backup(state: State, tenant: str, target: Path) -> Saved:
     saved = Saved()
     try:
         persist = state.tenant_persist(tid)
-        space.require(state.root, tree.size_of(state.home(tid)), stage="backup", tenant=name)
         with durable.staging_directory(state.staging, f"backup-{tid}") as stage:
             with locks.product_lock(state, f"tenant-{tid}", lambda _line: None), still(tid, name):
+                disk.attach(state, tid)
                 if not state.home(tid).is_dir():  # while this waited for the tenant's lock
                     raise IsochamberError("was removed meanwhile", stage="backup", tenant=name, hint="isochamber ls")
+                space.require(state.root, tree.size_of(state.home(tid)), stage="backup", tenant=name)
                 copy_tree(state.home(tid), stage / HOME, saved.left_out)
                 beside = _beside(persist)
             listed = manifest.describe(stage / HOME, holes=True)
@@ -94,7 +96,7 @@ def _beside(persist: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(persist.iterdir()):
         status = path.lstat()
-        is_ours = stat.S_ISREG(status.st_mode) and path.name != identity.NAME and not path.name.startswith(".")
+        is_ours = stat.S_ISREG(status.st_mode) and path.name not in NOT_BESIDE and not path.name.startswith(".")
         if is_ours and status.st_size <= MAX_BESIDE:
             found[path.name] = path.read_bytes()
     return found

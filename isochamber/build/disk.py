@@ -8,13 +8,17 @@ and grown on demand, is mounted there; its name is the commit: once it is there,
 was copied into it counts and no longer what lies beside it.
 """
 
+import contextlib
+import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import durable
+from isochamber.build import durable, space, tree
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import disk, quota, records, stop
@@ -39,12 +43,33 @@ def size(state: State, tid: str) -> int | None:
     if project:
         return _limit(state, tid, project)[0] or None
     try:
-        with image(state, tid).open("rb") as file:
-            file.seek(1024)
-            blocks, shift = struct.unpack("<4xI16xI", file.read(28))
+        return superblock(image(state, tid)).size
     except FileNotFoundError:
         return None
-    return int(blocks) << (10 + int(shift))
+
+
+@dataclass(frozen=True, slots=True)
+class Superblock:
+    """What an image says of itself; all zero when there is no ext4 in it (ext4(5))."""
+
+    size: int = 0  # bytes
+    has_errors: bool = False  # the kernel has found some
+
+    @property
+    def is_there(self) -> bool:
+        """Say whether there is one."""
+        return self.size > 0
+
+
+def superblock(path: Path) -> Superblock:
+    """Read it; raises OSError."""
+    with path.open("rb") as file:
+        file.seek(1024)
+        content = file.read(64)
+    if len(content) < 64:
+        return Superblock()
+    blocks, shift, magic, status = struct.unpack("<4xI16xI28xHH4x", content)
+    return Superblock(int(blocks) << (10 + int(shift)), bool(status & 2)) if magic == 0xEF53 else Superblock()
 
 
 def _limit(state: State, tid: str, project: int) -> tuple[int, int]:
@@ -85,12 +110,50 @@ def _whole(wanted: int) -> int:
 
 
 def attach(state: State, tid: str) -> None:
-    """Mount the tenant's image if it has one; raises IsochamberError."""
+    """Mount the tenant's image if it has one, mended where the kernel would not have it. Raises IsochamberError.
+
+    Under the tenant's lock.
+    """
     if disk.project_of(str(state.root), tid):
         _link_home(state, tid)
-    elif size(state, tid) is not None:
+    elif image(state, tid).exists() and not disk.is_mounted(str(state.tenant_fs(tid))):
         _settle(state, tid)
-        disk.attach(str(state.root), tid)
+        try:
+            disk.attach(str(state.root), tid)
+        except IsochamberError:
+            mend(state, tid)
+            disk.attach(str(state.root), tid)
+        durable.remove_stale_stages(state.staging_of(tid))  # nobody could see them before
+
+
+def repair(state: State, tenant: str, tid: str) -> None:
+    """Mend the image of a tenant, which must be stopped, whatever it takes. Raises IsochamberError, OSError."""
+    with _kept_stopped(tenant, tid):
+        mend(state, tid, thorough=True)
+
+
+def mend(state: State, tid: str, *, thorough: bool = False) -> None:
+    """Let e2fsck(8) mend the image: what is safe, or with ``thorough`` whatever it takes. Raises IsochamberError."""
+    path = image(state, tid)
+    disk.detach(str(state.root), tid)
+    _require_unmounted(tid, path)
+    found = superblock(path)
+    with path.open("r+b") as file:
+        if found.size > os.fstat(file.fileno()).st_size and thorough:
+            file.truncate(found.size)  # what was there is lost
+    hint = f"isochamber fsck --repair, or delete the tenant and restore a backup: e2fsck -f -y {path} says what it has"
+    _run(tid, ["e2fsck", "-f", "-y" if thorough else "-p", str(path)], fine=(0, 1), hint=hint)  # 1: corrected
+    durable.sync_file(path)
+
+
+def _require_unmounted(tenant: str, path: Path) -> None:
+    """Raise IsochamberError when a loop device lies on the image: it is mounted where this process can't see it."""
+    with path.open("rb") as file:
+        if disk.attached(file.fileno()) is not None:
+            raise IsochamberError(
+                "is mounted in another mount namespace", stage="disk", tenant=tenant, path=path,
+                hint="end what is there",
+            )  # fmt: skip
 
 
 def ensure(state: State, tenant: str, tid: str, wanted: int | None, project: int) -> None:
@@ -109,23 +172,36 @@ def ensure(state: State, tenant: str, tid: str, wanted: int | None, project: int
     running = records.running(tid)
     if running is not None and running.waits:
         stop.stop(tid)  # a warm sandbox: nobody's yet
-    if records.held(tid):
-        raise IsochamberError("runs, and is to have another disk", stage="disk", tenant=tenant, hint="stop it first")
-    if found is None and _by_quota(state):
-        _make_project(state, tenant, tid, wanted, project)
-        attach(state, tid)
-    elif found is None:
-        _make(state, tenant, tid, wanted)
-        attach(state, tid)
-    elif wanted < found:
+    if found is not None and wanted < found:
         raise IsochamberError(
-            f"its disk has {found} bytes and can't be made smaller",
-            stage="disk",
-            tenant=tenant,
+            f"its disk has {found} bytes and can't be made smaller", stage="disk", tenant=tenant,
             hint="write a larger limits: disk, or delete the tenant",
-        )
-    else:
-        _grow(state, tenant, tid, wanted)
+        )  # fmt: skip
+    with _kept_stopped(tenant, tid):
+        if found is None and _by_quota(state):
+            _make_project(state, tenant, tid, wanted, project)
+        elif found is None:
+            _make(state, tenant, tid, wanted)
+        else:
+            _grow(state, tenant, tid, wanted)
+    attach(state, tid)
+
+
+@contextlib.contextmanager
+def _kept_stopped(tenant: str, tid: str) -> Iterator[None]:
+    """Hold the lock that a start takes: what it wrote meanwhile would be lost. Raises IsochamberError."""
+    try:
+        lock = records.lock(tid, tenant)
+    except IsochamberError:
+        if not records.held(tid):
+            raise
+        raise IsochamberError(
+            "runs, and something is to be done to its disk", stage="disk", tenant=tenant, hint="stop it first"
+        ) from None
+    try:
+        yield
+    finally:
+        os.close(lock)
 
 
 def _set_limit(state: State, tenant: str, tid: str, project: int, wanted: int) -> None:
@@ -175,24 +251,49 @@ def lift(state: State, tid: str) -> None:
 
 def _make(state: State, tenant: str, tid: str, wanted: int) -> None:
     with durable.staging_directory(state.staging, f"disk-{tid}") as stage:
-        made = stage / "image"
-        with made.open("wb") as file:
-            file.truncate(wanted)
-        options = "nodiscard,lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"
-        _run(tenant, ["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-i", "8192", "-E", options, str(made)])
-        (stage / "mount").mkdir()
-        sources = [str(state.tenant_fs(tid)), str(state.tenant_persist(tid) / HOME)]
-        words = [sys.executable, "-m", "isochamber.build.diskfill", str(made), str(stage / "mount"), *sources]
-        _run(tenant, words)
-        durable.sync_file(made)
-        made.rename(image(state, tid))
-        durable.sync_directory(image(state, tid).parent)
+        made = make_image(stage, tenant, wanted, state.tenant_fs(tid), state.tenant_persist(tid) / HOME)
+        _put(state, tid, made)
 
 
-def _run(tenant: str, words: list[str], fine: tuple[int, ...] = (0,)) -> None:
+def make_image(stage: Path, tenant: str, size: int, filesystem: Path, home: Path) -> Path:
+    """Make an image of ``size`` bytes in ``stage``, with what is in both directories. Raises IsochamberError."""
+    made = stage / paths.DISK_IMAGE
+    with made.open("wb") as file:
+        file.truncate(size)
+    options = "nodiscard,lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"
+    _run(tenant, ["mke2fs", "-q", "-F", "-t", "ext4", "-m", "0", "-i", "8192", "-E", options, str(made)])
+    mount = stage / "mount"
+    mount.mkdir()
+    words = [sys.executable, "-m", "isochamber.build.diskfill", str(made), str(mount), str(filesystem), str(home)]
+    _run(tenant, words)
+    mount.rmdir()
+    return made
+
+
+def _put(state: State, tid: str, made: Path) -> None:
+    """Give the tenant the image ``made``, in place of the one that it may have."""
+    durable.sync_file(made)
+    made.rename(image(state, tid))
+    durable.sync_directory(image(state, tid).parent)
+
+
+TOGETHER = ("setpriv", "--pdeathsig", "KILL", "--")  # what it runs ends with us: nobody else would wait for it
+
+
+def _run(
+    tenant: str,
+    words: list[str],
+    fine: tuple[int, ...] = (0,),
+    hint: str = "is the disk large enough for what the tenant has?",
+) -> None:
     try:
         done = subprocess.run(
-            words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60 * _MINUTES, check=False
+            [*TOGETHER, *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60 * _MINUTES,
+            check=False,
         )
     except FileNotFoundError as error:
         raise IsochamberError.from_os(
@@ -203,7 +304,7 @@ def _run(tenant: str, words: list[str], fine: tuple[int, ...] = (0,)) -> None:
             f"{words[0]} exited with {done.returncode}",
             stage="disk",
             tenant=tenant,
-            hint="is the disk large enough for what the tenant has?",
+            hint=hint,
             notes=tuple(done.stderr.splitlines()[-5:]),
         )
 
@@ -211,8 +312,6 @@ def _run(tenant: str, words: list[str], fine: tuple[int, ...] = (0,)) -> None:
 def _settle(state: State, tid: str) -> None:
     """Finish what follows the image's name: what was copied goes, but an empty workdir, whose owner names the range."""
     filesystem = state.tenant_fs(tid)
-    if disk.is_mounted(str(filesystem)):
-        return
     for path in [*filesystem.iterdir()] if filesystem.is_dir() else []:
         if path.name != WORKDIR:
             durable.remove_any(path)
@@ -223,25 +322,51 @@ def _link_home(state: State, tid: str) -> None:
     home = state.tenant_persist(tid) / HOME
     if not home.is_symlink():
         durable.remove_tree(home, state.staging)
-        home.symlink_to(f"../../{paths.TENANTS_FS}/{tid}/{HOME}")
+        home.symlink_to(_home_link(tid))
         durable.sync_directory(home.parent)
 
 
+def _home_link(tid: str) -> str:
+    return f"../../{paths.TENANTS_FS}/{tid}/{HOME}"
+
+
 def _grow(state: State, tenant: str, tid: str, wanted: int) -> None:
-    """Make file and file system larger, unmounted: a mounted one grows only for who has CAP_SYS_RESOURCE."""
+    """Give the tenant a copy that is larger, unmounted: a mounted one grows only for who has CAP_SYS_RESOURCE.
+
+    A copy, because resize2fs(8) writes in place: a cut in the middle would leave neither the former size nor the new.
+    """
     disk.detach(str(state.root), tid)
     path = image(state, tid)
-    with path.open("r+b") as file:
-        if disk.attached(file.fileno()) is not None:
-            raise IsochamberError(
-                "is mounted in another mount namespace",
-                stage="disk",
-                tenant=tenant,
-                path=path,
-                hint="end what is there",
-            )
-        file.truncate(wanted)
-    _run(tenant, ["e2fsck", "-f", "-p", str(path)], fine=(0, 1))  # 1: errors that it corrected
-    _run(tenant, ["resize2fs", str(path)])
-    durable.sync_file(path)
-    attach(state, tid)
+    try:
+        _require_unmounted(tenant, path)
+        space.require(state.root, path.stat().st_blocks * 512, stage="disk", tenant=tenant)
+        with durable.staging_directory(state.staging, f"disk-{tid}") as stage:
+            made = stage / paths.DISK_IMAGE
+            _run(tenant, ["cp", "--sparse=always", "--reflink=auto", "--", str(path), str(made)])
+            with made.open("r+b") as file:
+                file.truncate(wanted)
+            _run(tenant, ["e2fsck", "-f", "-p", str(made)], fine=(0, 1))  # 1: errors that it corrected
+            _run(tenant, ["resize2fs", str(made)])
+            _put(state, tid, made)
+    finally:
+        disk.attach(str(state.root), tid)
+
+
+def restore_home(state: State, tenant: str, tid: str, stage: Path) -> None:
+    """Put ``stage``, with another /home in it, in place of what the tenant, which is stopped, has beside its disk.
+
+    Its disk is made anew with that /home and its upper: the exchange of the two is the commit. Raises
+    IsochamberError, OSError.
+    """
+    home = stage / HOME
+    needed = sum(tree.size_of(path) for path in (state.tenant_fs(tid), home))
+    space.require(state.root, needed, stage="restore", tenant=tenant)
+    make_image(stage, tenant, image(state, tid).stat().st_size, state.tenant_fs(tid), home)
+    durable.remove_tree(home)
+    home.symlink_to(_home_link(tid))
+    disk.detach(str(state.root), tid)
+    try:
+        _require_unmounted(tenant, image(state, tid))
+        durable.exchange_tree(stage, state.tenant_persist(tid))
+    finally:
+        disk.attach(str(state.root), tid)

@@ -5,16 +5,20 @@ stays mounted. With - for IMAGE the disk is the directory MOUNT, as it is.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from isochamber.build import tree
+from isochamber.build.disk import TOGETHER
 from isochamber.launch import disk, mounts, syscalls
+
+_NOT_THESE = ("home", "staging", "lost+found")  # of a disk that this one is to replace: HOME is given
 
 
 def main(words: list[str]) -> int:
-    """Copy FILESYSTEM's content and HOME below MOUNT, synced; returns the exit code of what copied."""
+    """Copy FILESYSTEM's content, but its /home, and HOME below MOUNT, synced; returns the exit code of what copied."""
     image, mount, filesystem, home = words
     if image != "-":
         syscalls.unshare(syscalls.CLONE_NEWNS)
@@ -23,9 +27,13 @@ def main(words: list[str]) -> int:
         disk.mount(file, image, mount)
         Path(mount, "lost+found").rmdir()  # a name that the tenant's root would not expect
     inside = os.open(mount, tree.DIRECTORY)
-    for source, target in ((f"{filesystem}/.", mount), (f"{home}/.", f"{mount}/home")):
-        Path(target).mkdir(0o755, exist_ok=True)
-        status = subprocess.run(["cp", "-a", "--sparse=always", "--", source, target], check=False).returncode
+    shutil.copystat(filesystem, mount)
+    Path(mount, "home").mkdir(0o755)
+    parts = sorted(name for name in os.listdir(filesystem) if name not in _NOT_THESE)
+    for sources, target in (([f"{filesystem}/{name}" for name in parts], mount), ([f"{home}/."], f"{mount}/home")):
+        status = subprocess.run(
+            [*TOGETHER, "cp", "-a", "--sparse=always", "--", *sources, target], check=False
+        ).returncode
         if status:
             return status
     os.mkdir("staging", 0o700, dir_fd=inside)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from isochamber import paths
+from isochamber.build import disk as limited
 from isochamber.build import durable, identity, limits, locks, network, registry
 from isochamber.build.identity import Identity
 from isochamber.build.inputs import Inputs
@@ -280,6 +281,7 @@ def rollback(state: State, name: str) -> Entry:
     tid = found["tid"]
     try:
         with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+            limited.attach(state, tid)
             former, now = former_of(state, tid), registry.read(state)[tid]
             if former is None:
                 raise IsochamberError(

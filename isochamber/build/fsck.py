@@ -1,7 +1,8 @@
 """What is broken in a state directory, and removing exactly that: the next ./doit makes it anew.
 
-Checking only reads. It may run beside builds and running tenants: what is being made
-is locked, and what looks wrong about a tenant is looked at again in its lock.
+Checking only reads, but for the disk of a tenant, which is mounted as by a start. It
+may run beside builds and running tenants: what is being made is locked, and what looks
+wrong about a tenant is looked at again in its lock.
 """
 
 import contextlib
@@ -15,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from isochamber import paths
-from isochamber.build import durable, entry, home, identity, locks, manifest, recover, registry
+from isochamber.build import disk, diskcheck, durable, entry, home, identity, locks, manifest, recover, registry
 from isochamber.build import state as states
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
-from isochamber.launch import records
+from isochamber.launch import pins, records
 
 _TOLD = 5  # differences of one product that are named
 
@@ -28,7 +29,7 @@ _TOLD = 5  # differences of one product that are named
 class Finding:
     """One thing that is broken: its kind and name, what is wrong with it, and what repairing does."""
 
-    kind: str  # "namespace", "containers.json", "base", "layer", "tenant", "leftover"
+    kind: str  # "namespace", "containers.json", "base", "layer", "tenant", "leftover", "network"
     name: str
     problem: str
     repair: str
@@ -79,6 +80,9 @@ def _repair(state: State, finding: Finding) -> None:
 def _repair_tenant(state: State, finding: Finding) -> None:
     found = registry.read(state, salvage=True).get(finding.name)
     name = str(found["name"]) if found else _name_of(state, finding.name)
+    if finding.repair == diskcheck.MEND:
+        with locks.product_lock(state, f"tenant-{finding.name}", lambda _line: None):
+            disk.repair(state, name or finding.name, finding.name)
     if name is not None and state.tid(name) == finding.name:
         identity.ensure(state, name)
     with locks.product_lock(state, f"tenant-{finding.name}", lambda _line: None):
@@ -86,11 +90,18 @@ def _repair_tenant(state: State, finding: Finding) -> None:
             durable.remove_file(home.manifest_path(state, finding.name))
         elif finding.repair == _RECONFIGURE:
             registry.remove(state, finding.name)
+        elif finding.repair == _UNPIN:
+            lock = records.lock(finding.name, name or finding.name)
+            try:
+                pins.remove(finding.name)
+            finally:
+                os.close(lock)
 
 
 _REDEPLOY = "it is removed and written anew"
 _RECONFIGURE = "its entry is removed and written anew"
 _REMAKE = "they are made anew, /home stays"
+_UNPIN = "unpinned, the next start pins others"
 _REBUILD = "removed and built again"
 
 
@@ -132,7 +143,7 @@ def _tenants(state: State) -> Iterator[Finding]:
     for tid in registry.read(state, salvage=True):
         if next(_of_tenant(state, tid), None) is not None:
             with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
-                yield from _of_tenant(state, tid)
+                yield from _of_tenant(state, tid, locked=True)
     for path in (state.root / paths.TENANTS_PERSIST).iterdir():
         if len(path.name) != 32 or path.name in registry.read(state, salvage=True):
             continue
@@ -140,10 +151,16 @@ def _tenants(state: State) -> Iterator[Finding]:
             yield Finding("tenant", path.name, "has no name", "delete it by its tid", repairable=False)
 
 
-def _of_tenant(state: State, tid: str) -> Iterator[Finding]:
+def _of_tenant(state: State, tid: str, *, locked: bool = False) -> Iterator[Finding]:
     found = registry.read(state, salvage=True).get(tid)
     if found is None:
         return
+    problems = diskcheck.problems(state, tid, found, locked=locked)
+    on_disk = [Finding("tenant", tid, f"{found['name']}: {problem}", repaired) for problem, repaired in problems]
+    yield from on_disk or _of_parts(state, tid, found)  # all of them may lie there
+
+
+def _of_parts(state: State, tid: str, found: registry.Entry) -> Iterator[Finding]:
     name = found["name"]
     try:
         missing = [path for path in _directories(found) if not (state.root / path).is_dir()]
@@ -172,6 +189,9 @@ def _of_tenant(state: State, tid: str) -> Iterator[Finding]:
             yield Finding("tenant", tid, f"{name}: its upper belongs to uid {owner}", "chown it", repairable=False)
     if home.manifest_path(state, tid).exists() and home.read_record(state, tid).desired is None:
         yield Finding("tenant", tid, f"{name}: /home was not deployed whole, or its manifest is damaged", _REDEPLOY)
+    pinned = pins.problem(tid, int(found["uid_base"]), int(found["uid_count"]))
+    if pinned is not None and not records.held(tid):
+        yield Finding("tenant", tid, f"{name}: {pinned}", _UNPIN)
     if _name_of(state, tid) != name:
         yield Finding("tenant", tid, f"{name}: tenants_persist/{tid}/{identity.NAME} is lost", "written anew")
 

@@ -97,6 +97,7 @@ def prune(state: State, spec: Spec, reporter: Reporter, *, until_free: int | Non
     try:
         registry.settle(state)  # while it waits another prune may come first, which reads the file
         with locks.nobody_builds(state, reporter.say):
+            _attach_disks(state, reporter)
             for gone in _prunable(state, spec, least=until_free is not None):
                 removed.append(gone)
                 if until_free is not None and space.free(state.root)[0] >= until_free:
@@ -104,6 +105,17 @@ def prune(state: State, spec: Spec, reporter: Reporter, *, until_free: int | Non
     except OSError as error:
         raise IsochamberError.from_os(error, stage="prune") from error
     return removed
+
+
+def _attach_disks(state: State, reporter: Reporter) -> None:
+    """Mount the disks of tenants that have one: what a rollback would go back to stands on them."""
+    for tid, found in registry.read(state, salvage=True).items():
+        if found.get("disk") is not None and not disk.is_mounted(str(state.tenant_fs(tid))):
+            try:
+                with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+                    limited.attach(state, tid)
+            except IsochamberError as error:  # what stands on it can't be had; the rest is pruned all the same
+                reporter.say(error.line())
 
 
 def _prunable(state: State, spec: Spec, *, least: bool) -> Iterator[Removed]:

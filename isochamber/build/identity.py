@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from isochamber.build import disk, durable, locks, registry
+from isochamber.build import disk, durable, home, locks, registry
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 
@@ -162,6 +162,10 @@ def _make_directories(state: State, tid: str, tenant: str, uid_base: int) -> Non
         if not missing:
             continue
         with durable.staging_directory(state.staging_of(tid), f"dirs-{tid}") as stage:
+            if directory == persist:
+                durable.remove_file(home.manifest_path(state, tid))  # of what is no longer there
+                if (persist / HOME).is_symlink():
+                    durable.remove_file(persist / HOME)  # onto a disk that is lost
             for name, owned in missing:
                 if owned:
                     make_owned(stage / name, uid_base)

@@ -38,6 +38,9 @@ def stage_directories(state: State, *, every: bool = False) -> list[Path]:
     places += [state.root / name for name in (paths.TENANTS_FS, paths.TENANTS_PERSIST, paths.BASES, paths.LAYERS)]
     with contextlib.suppress(OSError):
         places += [Path(entry.path) for entry in os.scandir(state.root / paths.CACHE / "debs")]
+    with contextlib.suppress(OSError):  # of tenants with a disk of their own that is mounted
+        stagings = [Path(entry.path, paths.STAGING) for entry in os.scandir(state.root / paths.TENANTS_FS)]
+        places += [path for path in stagings if path.is_dir()]
     if every or not _swept(state).exists():  # once a boot: older versions, and others, stage beside the file
         for name in (paths.TENANTS_FS, paths.TENANTS_PERSIST):
             with contextlib.suppress(OSError):

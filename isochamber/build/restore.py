@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import zstandard
 
+from isochamber import paths
 from isochamber.build import backup, disk, durable, identity, locks, manifest, space, tree
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -128,8 +129,10 @@ def _take(state: State, archive: _Archive, members: tarfile.TarFile, member: tar
     elif first == backup.BESIDE:
         if not _FILE.fullmatch(rest) or rest == identity.NAME:
             raise _RefusedError(f"a file called {rest[:80]!r}")
-        (archive.stage / rest).write_bytes(_content(members, member, backup.MAX_BESIDE))
-        (archive.stage / rest).chmod(0o600)
+        content = _content(members, member, backup.MAX_BESIDE)
+        if rest != paths.DISK_IMAGE:  # former versions saved a small one, and nothing else looks at what is in it
+            (archive.stage / rest).write_bytes(content)
+            (archive.stage / rest).chmod(0o600)
     elif member.name == backup.HOME:
         _check_owner(member)
         _set_status(archive.root, member)
@@ -285,16 +288,20 @@ def _take_its_place(state: State, name: str, stage: Path, *, replace: bool) -> N
     with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
         lock = records.lock(tid, name)  # IsochamberError when it runs
         try:
-            if disk.size(state, tid) is not None:
+            has_image = disk.image(state, tid).exists()
+            if disk.size(state, tid) is not None and not has_image:
                 raise IsochamberError(
-                    "has a disk of its own, which a restore would take away", stage="restore", tenant=name,
-                    hint="delete the tenant first: ./doit moves what was restored onto a new disk",
+                    "has a project quota, which a restore would take away", stage="restore", tenant=name,
+                    hint="delete the tenant first: ./doit gives what was restored a quota again",
                 )  # fmt: skip
-            if not replace and any((persist / identity.HOME).iterdir()):
+            if not replace and any(state.home(tid).iterdir()):
                 raise IsochamberError(
                     "its /home holds something", stage="restore", tenant=name, hint="--replace gives that up"
                 )
             (stage / identity.NAME).write_text(f"{name}\n")
-            durable.exchange_tree(stage, persist)
+            if has_image:
+                disk.restore_home(state, name, tid, stage)
+            else:
+                durable.exchange_tree(stage, persist)
         finally:
             os.close(lock)

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import shutil
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from isochamber import paths
 from isochamber.cli import common
 from isochamber.errors import IsochamberError, printable
 
@@ -18,14 +21,34 @@ def fsck(arguments: argparse.Namespace) -> int:
     from isochamber.build import fsck as checking  # noqa: PLC0415
 
     state = common.state_of(arguments)
-    found = checking.check(state, deep=arguments.deep)
+    found = [*checking.check(state, deep=arguments.deep), *_networks(state)]
     left = found
     if found and arguments.repair:
         checking.repair(state, found)
         _make_anew(arguments)
-        left = checking.check(state, deep=arguments.deep)
+        _networks(state, repair=True)
+        left = [*checking.check(state, deep=arguments.deep), *_networks(state)]
     _tell(arguments, state, found, left)
     return 1 if left else 0
+
+
+def _networks(state: "State", *, repair: bool = False) -> "list[Finding]":
+    """Return what is not as planned of the networks, or make it so, once one was made since the machine started."""
+    from isochamber.build import fsck as checking  # noqa: PLC0415
+    from isochamber.build import registry  # noqa: PLC0415
+
+    entries = registry.read(state, salvage=True) if state.namespace is not None else {}
+    with_one = [tid for tid, entry in entries.items() if entry.get("net") is not None]
+    if shutil.which("nft") is None or not any(Path(paths.network_file(tid, "network")).exists() for tid in with_one):
+        return []
+    from isochamber.net.network import Network  # noqa: PLC0415 - pyroute2 takes 200 ms
+
+    with Network(state) as network:
+        if repair:
+            network.repair()
+        wrong = network.differences()
+    repaired = "made as planned, as isochamber net repair does"
+    return [checking.Finding("network", name or "the shared part", what, repaired) for name, what in wrong.items()]
 
 
 def _make_anew(arguments: argparse.Namespace) -> None:

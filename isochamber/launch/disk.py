@@ -77,6 +77,18 @@ def attach(root: str, tid: str) -> None:
         ) from error
 
 
+def check_unused(root: str, tid: str) -> None:
+    """Raise IsochamberError (stage "disk") when the tenant, configured without a disk, has been given one since.
+
+    What it wrote beside that would be removed with what was copied onto the disk.
+    """
+    if os.path.exists(image_of(root, tid)) or os.path.exists(f"{root}/{paths.TENANTS_FS}/{tid}/home"):
+        raise IsochamberError(
+            "was given a disk and is not configured for it yet", stage="disk", path=f"{root}/{paths.TENANTS_FS}/{tid}",
+            hint="run ./doit: it was cut before its end",
+        )  # fmt: skip
+
+
 def _require(target: str, project: int) -> None:
     """Raise IsochamberError (stage "disk") unless the file system limits ``project``."""
     try:

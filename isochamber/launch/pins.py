@@ -74,6 +74,28 @@ def ensure(tid: str, uid_base: int, uid_count: int) -> tuple[int, int]:
     return user, net
 
 
+def problem(tid: str, uid_base: int, uid_count: int) -> str | None:
+    """Return what a start would have to make anew of the pins, or None; one that is not there is none."""
+    try:
+        lock = os.open(f"{os.path.dirname(paths.namespace_pin(tid, 'user'))}/map", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if os.pread(lock, 64, 0) != f"{uid_base} {uid_count}\n".encode():
+            return "its namespaces were cut while they were made, or are of another range of ids"
+        for kind in _KINDS:
+            pin = _open(tid, kind)
+            if pin is None:
+                return f"its {kind} namespace is not pinned, or something else is"
+            os.close(pin)
+    except BlockingIOError:
+        pass  # they are being made
+    finally:
+        os.close(lock)
+    return None
+
+
 def _open(tid: str, kind: str) -> int | None:
     """Return a descriptor of the pinned namespace, or None when nothing (or something else) is there."""
     try:

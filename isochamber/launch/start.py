@@ -87,6 +87,8 @@ class Prepared:
                 ipc.check(entry.ipc)
             if entry.disk is not None:
                 disk.attach(root, entry.tid)
+            else:
+                disk.check_unused(root, entry.tid)
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
             join.ensure(root, entry, self.net)
             self.allowed = devicegroup.rules(entry.devices)

@@ -1,7 +1,6 @@
 """The test's end of :mod:`tests.crash.server`, and worlds prepared up to each step."""
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +11,7 @@ from tests.conftest import PROJECT
 from tests.crash import protocol
 from tests.crash.world import World
 
-# A step, and those that come before it.
+# A case, whose last word is its step, and those steps that come before it.
 CASES = {
     "base": [],
     "layer": ["base"],
@@ -25,6 +24,26 @@ CASES = {
     "prune": ["configure", "changed", "delete"],
     "delete": ["configure"],
 }
+# The same of a tenant with a disk of its own.
+DISK_CASES = {
+    "given": ["configure"],
+    "grown": ["configure", "given"],
+    "first given": ["base"],
+    "disk save": ["configure", "given"],
+    "disk changed": ["configure", "given"],
+    "disk rollback": ["configure", "given", "changed"],
+    "disk restore": ["configure", "given", "save"],
+    "disk delete": ["configure", "given"],
+}
+if Path("/dev/loop-control").exists():
+    CASES |= DISK_CASES
+
+
+def step_of(case: str) -> str:
+    """Return the step that a case is about."""
+    return case.rpartition(" ")[2]
+
+
 FAMILIES = (
     "write", "pwrite64", "fsync", "syncfs", "rename", "renameat", "renameat2", "link", "mkdir", "mkdirat", "unlink",
     "unlinkat", "rmdir",
@@ -86,13 +105,14 @@ def prepare(server: Server, directory: Path) -> dict[str, World]:
             if done not in made:
                 made[done] = made[done[:-1]].copy(directory / "-".join(done))
                 server.do(done[-1], made[done])
+                made[done].detach()
     return {case: made[tuple(before)] for case, before in CASES.items()}
 
 
 def expected(server: Server, case: str, world: World, directory: Path) -> dict[str, str]:
     """Return what ``case`` leads to when nothing goes wrong."""
-    copy = world.copy(directory / f"expected-{case}")
-    server.do(case, copy)
+    copy = world.copy(directory / f"expected {case}")
+    server.do(step_of(case), copy)
     found = copy.snapshot()
-    shutil.rmtree(copy.directory)
+    copy.remove()
     return found

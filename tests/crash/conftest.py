@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from isochamber.launch import syscalls
 from tests.conftest import SCRATCH
 from tests.crash.client import Server, expected, prepare
 from tests.crash.world import World
@@ -17,6 +18,9 @@ def crash_directory() -> Iterator[Path]:
     """A directory on a real disk file system, for worlds."""
     path = Path(tempfile.mkdtemp(prefix="isochamber-test-", dir=SCRATCH))
     yield path
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():  # a disk of a test that failed
+        if line.split()[4].startswith(f"{path}/"):
+            syscalls.umount2(line.split()[4], syscalls.MNT_DETACH)
     shutil.rmtree(path)
 
 
@@ -52,4 +56,4 @@ def fresh(server: Server, worlds: dict[str, World], crash_directory: Path) -> It
     """A world of the test's own in which everything is configured."""
     world = worlds["delete"].copy(crash_directory / "fresh")
     yield world
-    shutil.rmtree(world.directory)
+    world.remove()

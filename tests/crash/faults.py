@@ -3,12 +3,11 @@
 import collections
 import random
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.crash.client import FAMILIES, Server
+from tests.crash.client import FAMILIES, Server, step_of
 from tests.crash.world import World
 
 KINDS = {"KILL": "signal=KILL", "EIO": "error=EIO", "ENOSPC": "error=ENOSPC"}
@@ -31,9 +30,9 @@ class Point:
 def points(server: Server, worlds: dict[str, World], directory: Path) -> Iterator[Point]:
     """Yield every fault of every case, counted on a trace of it."""
     for case, world in worlds.items():
-        copy = world.copy(directory / f"counted-{case}")
-        counts = collections.Counter(_NAME.findall(server.trace(case, copy, children=False)))
-        shutil.rmtree(copy.directory)
+        copy = world.copy(directory / f"counted {case}")
+        counts = collections.Counter(_NAME.findall(server.trace(step_of(case), copy, children=False)))
+        copy.remove()
         for call in FAMILIES:
             for number in range(1, counts[call] + 1):
                 for kind in KINDS:
@@ -52,11 +51,12 @@ def judge(server: Server, point: Point, world: World, wanted: dict[str, str], di
     """Do the case with the fault in it, then again without; returns what is wrong."""
     copy = world.copy(directory)
     inject = f"inject={point.call}:{KINDS[point.kind]}:when={point.number}"
-    atomic = point.kind != "KILL" and point.case in ("rollback", "restore", "save")
+    step = step_of(point.case)
+    atomic = point.kind != "KILL" and step in ("rollback", "restore", "save")
     before = copy.snapshot() if atomic else {}
     wrong = []
     try:
-        cut = server.ask(point.case, copy, strace=["-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject])
+        cut = server.ask(step, copy, strace=["-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject])
         if point.kind == "KILL":
             if cut["status"] not in (-9, 0):
                 wrong.append(f"ended with {cut}")
@@ -66,7 +66,9 @@ def judge(server: Server, point: Point, world: World, wanted: dict[str, str], di
             now = copy.snapshot()
             wrong += [f"not as before: {name}" for name in before.keys() | now.keys()
                       if before.get(name) != now.get(name) and "/.tmp-" not in name]  # fmt: skip
-        again = server.ask("again", copy, case=point.case)
+        if point.kind == "KILL" and point.number % 2:
+            copy.detach()  # as after a boot
+        again = server.ask("again", copy, case=step)
         if again["status"]:
             wrong.append(f"again: {again}")
         found = copy.snapshot()
@@ -77,5 +79,5 @@ def judge(server: Server, point: Point, world: World, wanted: dict[str, str], di
         if checked["status"]:
             wrong.append(f"fsck: {checked}")
     finally:
-        shutil.rmtree(copy.directory)
+        copy.remove()
     return [f"{point}: {what}" for what in wrong]

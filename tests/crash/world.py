@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,6 +11,7 @@ from isochamber.build import backup, bootstrap, durable, entry, fsck, gc, identi
 from isochamber.build import restore as restoring
 from isochamber.build.pipeline import Pipeline
 from isochamber.build.progress import Reporter
+from isochamber.launch import disk
 from isochamber.spec import load
 
 # What stands in for mmdebstrap: a shell and what it needs, so that a real install script runs over it.
@@ -71,6 +73,26 @@ class World:
                 (progs / "deps.sh").write_text(script)
                 (progs / "deps.sh").chmod(0o755)
 
+    def limit(self, size: str) -> None:
+        """Give sensor a disk of its own."""
+        text = re.sub(r"packages/sensor.*", f"packages/sensor, limits: {{disk: {size}}}}}", self.file.read_text())
+        self.file.write_text(text)
+
+    def detach(self) -> None:
+        """Unmount the tenants' disks, as a reboot does."""
+        for path in (self.root / "tenants_fs").glob("*"):
+            disk.detach(str(self.root), path.name)
+
+    def attach(self) -> None:
+        """Mount the tenants' disks, as a start does."""
+        for path in (self.root / "tenants_persist").glob("*/disk.img"):
+            disk.attach(str(self.root), path.parent.name)
+
+    def remove(self) -> None:
+        """Remove it, whatever is mounted."""
+        self.detach()
+        shutil.rmtree(self.directory)
+
     def pipeline(self) -> Pipeline:
         """Return a fresh one, quiet, with the stand-in in front of the real tool."""
 
@@ -82,7 +104,8 @@ class World:
         return Pipeline(load.load(self.file), Reporter(quiet=True))
 
     def copy(self, to: Path) -> "World":
-        """Return a copy at ``to``, state directory included; large files are hard links, which nobody writes to."""
+        """Return a copy at ``to``, state directory included; nobody's disk is mounted in it."""
+        self.detach()
         other = World(to)
         to.mkdir()
         for name in ("tools", "packages"):
@@ -99,6 +122,7 @@ class World:
 
     def snapshot(self) -> dict[str, str]:
         """Return what the state directory holds, times and inode numbers left out."""
+        self.attach()
         found = {}
         for name in KEPT:
             for line in manifest.describe(self.root / name).lines.decode().splitlines():
@@ -107,14 +131,19 @@ class World:
         file = self.root / "containers.json"
         for each in json.loads(file.read_text()) if file.exists() else ():
             found[f"entry of {each['name']}"] = json.dumps({**each, "package": "", "digest": ""})
-        for name in [name for name in found if name.endswith(("/namespace", "/former.json"))]:
-            found[name] = "there"  # a random number; entries, which name where their package lies
+        for name in [name for name in found if name.endswith(("/namespace", "/former.json", "/disk.img"))]:
+            found[name] = "there"  # a random number; entries, which name where their package lies; what is in it counts
         return found
 
     def leftovers(self) -> list[str]:
         """Return names of stages that are still there."""
         found = [str(path) for path in (self.root / "staging").iterdir()]
-        places = [self.root, *(self.root / name for name in KEPT), *self.root.glob("tenants_*/*")]
+        places = [
+            self.root,
+            *(self.root / name for name in KEPT),
+            *self.root.glob("tenants_*/*"),
+            *self.root.glob("tenants_fs/*/staging"),
+        ]
         return found + [str(path) for place in places for path in place.glob(".tmp-*")]
 
 
@@ -198,6 +227,18 @@ def changed(world: World) -> None:
     configure(world)
 
 
+def given(world: World) -> None:
+    """A disk of its own, onto which it moves."""
+    world.limit("16M")
+    configure(world)
+
+
+def grown(world: World) -> None:
+    """A larger one."""
+    world.limit("24M")
+    configure(world)
+
+
 def everything(world: World) -> None:
     """All of it in one process, with a mark in the trace wherever success would be said."""
     for step in (base, layer, home, configure, save, changed, rollback, restore, prune, delete):
@@ -227,7 +268,22 @@ def _say_success() -> None:
 
 STEPS = {
     function.__name__: function
-    for function in (base, layer, home, configure, changed, delete, prune, save, restore, rollback, check, everything)
+    for function in (
+        base,
+        layer,
+        home,
+        configure,
+        changed,
+        delete,
+        prune,
+        save,
+        restore,
+        rollback,
+        given,
+        grown,
+        check,
+        everything,
+    )
 }
 
 
