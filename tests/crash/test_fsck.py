@@ -3,13 +3,18 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from isochamber import paths
 from isochamber.build import entry, fsck, registry
 from isochamber.build.state import State
+from isochamber.launch import command, pins, records, syscalls
+from tests.build.products import eventually
 from tests.crash.client import Server
 from tests.crash.world import World
 
@@ -111,6 +116,36 @@ def test_a_namespace_that_is_lost_with_its_copy_is_never_replaced_while_there_ar
     assert len(list((fresh.root / "tenants_persist").iterdir())) == 2
 
 
+@pytest.mark.parametrize("kind", ["user", "net"])
+def test_a_namespace_that_is_not_pinned_whole_is_named_unpinned_and_pinned_by_the_next_start(
+    fresh: World, kind: str
+) -> None:
+    argv = command.argv("run", "--root", str(fresh.root), "sensor")
+    tid = str(_entry(fresh)["tid"])
+
+    def start() -> None:
+        done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
+        assert (done.returncode, done.stdout) == (0, "here\n"), done
+        assert eventually(lambda: not records.held(tid))
+
+    try:
+        start()
+        assert _found(fresh) == []
+        syscalls.umount2(paths.namespace_pin(tid, kind), syscalls.MNT_DETACH)  # an empty file stays, as after a cut
+        (finding,) = _found(fresh)
+        assert f"its {kind} namespace is not pinned" in finding.problem
+        fsck.repair(State(fresh.root), [finding])
+        assert _found(fresh) == []
+        start()
+        Path(paths.namespace_pin(tid, "map")).write_text("")
+        (finding,) = _found(fresh)
+        assert "were cut while they were made" in finding.problem
+        start()
+        assert _found(fresh) == [], "the next start does it too"
+    finally:
+        pins.remove(tid)
+
+
 def test_what_is_being_made_is_no_leftover_and_is_not_cleaned_up(fresh: World) -> None:
     from isochamber.build import durable, recover
 
@@ -162,9 +197,6 @@ def test_a_first_configure_that_was_cut_before_its_entry_does_not_stand_in_the_w
 
 
 def test_fsck_speaks_json_and_its_exit_code_tells(server: Server, fresh: World) -> None:
-    import subprocess
-    import sys
-
     def run(*words: str) -> "subprocess.CompletedProcess[str]":
         argv = [sys.executable, "-m", "isochamber", "--file", str(fresh.file), "--root", str(fresh.root), *words]
         return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120)

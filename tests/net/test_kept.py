@@ -10,6 +10,7 @@ import pytest
 
 from isochamber import paths
 from isochamber.build import registry
+from isochamber.cli import fsck
 from isochamber.errors import IsochamberError
 from isochamber.launch import pins
 from isochamber.net import firewall, host, links, names, nfnetlink, rules
@@ -64,6 +65,17 @@ def test_deleting_a_tenant_removes_all_of_it_and_the_last_one_the_rest(two: Worl
     two.remove("b")
     assert "isochamber" not in w.nft("list", "ruleset")
     assert "ic" + two.state.identifier[:7] not in _kernel(two)
+
+
+def test_fsck_names_a_network_that_is_not_whole_and_repairs_it(two: World) -> None:
+    assert fsck._networks(two.state) == []
+    subprocess.run(["ip", "link", "del", two.member("a").port], check=True)
+    (finding,) = fsck._networks(two.state)
+    assert finding.line() == (
+        f"network a: its link {two.member('a').port} is gone: made as planned, as isochamber net repair does"
+    )
+    assert fsck._networks(two.state, repair=True) == []
+    assert _reaches(two, "a")
 
 
 def test_a_second_apply_asks_the_kernel_only_of_what_is_the_tenants_and_starts_no_nft(
