@@ -48,6 +48,7 @@ def piped(tmp_path: Path) -> Iterator[Path]:
     PATTERN.write_text(former)
 
 
+@pytest.mark.guest
 def test_a_crash_starts_no_program_that_cores_are_piped_to(tenant: Tenant, piped: Path) -> None:
     tenant.change(rlimits=_as_built())
     tenant.sh(CRASH)

@@ -29,24 +29,34 @@ LEAVE = (
 )
 
 
-def _mounted(image: Path, target: Path) -> None:
-    made = ["mkfs.ext4", "-q", "-F", "-m", "0", "-O", "quota,project", "-E", "quotatype=prjquota", str(image)]
-    subprocess.run(made, check=True, capture_output=True)
-    words = ["mount", "-o", "loop,prjquota", str(image), str(target)]
+MADE = {
+    "ext4": ["-q", "-F", "-m", "0", "-O", "quota,project", "-E", "quotatype=prjquota"],
+    "xfs": ["-q"],
+}
+LACKS = {"ext4": "CONFIG_QFMT_V2", "xfs": "CONFIG_XFS_QUOTA"}
+
+
+def _mounted(kind: str, image: Path, target: Path) -> None:
+    subprocess.run([f"mkfs.{kind}", *MADE[kind], str(image)], check=True, capture_output=True)
+    words = ["mount", "-t", kind, "-o", "loop,prjquota", str(image), str(target)]
     if subprocess.run(words, check=False, capture_output=True).returncode:
-        pytest.skip("this kernel mounts no ext4 with project quota (CONFIG_QFMT_V2)")
+        pytest.skip(f"this kernel mounts no {kind} with project quota ({LACKS[kind]})")
+
+
+on_both = pytest.mark.parametrize("state", MADE, indirect=True)
 
 
 @pytest.fixture
-def state(tmp_path: Path, root: Path) -> Iterator[Path]:
-    """A state directory on an ext4 with project quota; the base is lent by a bind mount."""
-    if not Path("/dev/loop-control").exists() or shutil.which("mkfs.ext4") is None:
-        pytest.skip("this machine has no loop devices, or no mkfs.ext4")
+def state(tmp_path: Path, root: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A state directory on an ext4, or what is asked for, with project quota; the base is lent by a bind mount."""
+    kind = str(getattr(request, "param", "ext4"))
+    if not Path("/dev/loop-control").exists() or shutil.which(f"mkfs.{kind}") is None:
+        pytest.skip(f"this machine has no loop devices, or no mkfs.{kind}")
     image, place = tmp_path / "quota.img", tmp_path / "place"
     with image.open("wb") as file:
         file.truncate(400 * MIB)
     place.mkdir()
-    _mounted(image, place)
+    _mounted(kind, image, place)
     made = place / "state"
     try:
         shutil.copytree(root, made, symlinks=True, ignore=shutil.ignore_patterns("rootfs"))
@@ -85,6 +95,7 @@ def _project(world: World) -> int:
     return disk.project_of(str(world.root), world.entry("bounded")["tid"])
 
 
+@on_both
 def test_a_project_bounds_what_a_tenant_writes_and_is_not_left(state: Path) -> None:
     """The same in short, without doit, which is slow on an emulated machine."""
     State(state).create()
@@ -109,6 +120,7 @@ def test_a_project_bounds_what_a_tenant_writes_and_is_not_left(state: Path) -> N
         pins.remove(tenant.tid)
 
 
+@on_both
 def test_the_file_system_itself_keeps_a_tenants_limit(world: World) -> None:
     _limit(world, None)
     _run(world, "bounded", "echo home > /home/kept; mkdir /var/d; ln -s x /var/d/link; rm /etc/hostname; mkfifo /var/p")

@@ -1,6 +1,7 @@
 """Five real programs of Debian, each with work that it does in a tenant and says "done" after."""
 
 import json
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,8 +100,10 @@ class Programs:
         return self.world.root / "tenants_persist" / str(self.world.entry(name)["tid"])
 
 
-def make(directory: Path, root: Path) -> Programs:
-    """Build the layer, once, and configure the five."""
+def make(directory: Path, root: Path, lent: Path | None = None) -> Programs:
+    """Build the layer, once, and configure the five; ``lent`` is a state directory that may hold the layer already."""
+    if lent is not None and (lent / "layers").is_dir():
+        subprocess.run(["cp", "-al", lent / "layers", root], check=True)
     for name, command in COMMANDS.items():
         package = directory / "packages" / name
         (package / "progs").mkdir(parents=True)

@@ -25,6 +25,7 @@ NAMES = [row.name for row in ROWS]
 CALLS = [probes.call_of(row) for row in ROWS]
 
 
+@pytest.mark.guest
 def test_every_row_is_refused_in_a_tenant_with_the_errno_it_names(probe: MakeProbe) -> None:
     results = probe().results(*CALLS)
     assert dict(zip(NAMES, results, strict=True)) == {row.name: row.errno for row in ROWS}
@@ -61,6 +62,7 @@ def test_what_is_open_to_every_user_would_reach_the_kernel_from_a_tenant_without
     assert probe().results(*calls) == [row.errno for row in open_to_all]
 
 
+@pytest.mark.guest
 def test_the_high_half_of_an_argument_changes_nothing(probe: MakeProbe) -> None:
     # CVE-2019-10063: the kernel looks at 32 bits of an ioctl's number, so a filter that compares 64 sees another one.
     rows = [row for row in ROWS if row.conditions]
@@ -83,6 +85,7 @@ def test_other_uses_of_the_same_calls_are_not_refused(probe: MakeProbe) -> None:
     assert probe().results(*calls) == expected
 
 
+@pytest.mark.guest
 def test_netlink_is_for_asking_about_the_network_only(probe: MakeProbe) -> None:
     netlink = arguments.FAMILIES["AF_NETLINK"]
     others = {"NETLINK_SOCK_DIAG": 4, "NETLINK_AUDIT": 9, "NETLINK_NETFILTER": 12, "NETLINK_KOBJECT_UEVENT": 15}
@@ -91,6 +94,7 @@ def test_netlink_is_for_asking_about_the_network_only(probe: MakeProbe) -> None:
     assert probe(seccomp=tenants.UNFILTERED).results(calls[1], calls[3]) == ["worked", "worked"]
 
 
+@pytest.mark.guest
 def test_calls_that_nobody_has_looked_at_do_not_exist(probe: MakeProbe) -> None:
     unknown = [(number,) for number in range(policy.LAST_REVIEWED + 1, 1024)]
     assert set(probe().results(*unknown)) == {"ENOSYS"}
@@ -99,6 +103,7 @@ def test_calls_that_nobody_has_looked_at_do_not_exist(probe: MakeProbe) -> None:
     assert cachestat in (["ENOSYS"], ["EBADF"], ["EFAULT"])
 
 
+@pytest.mark.guest
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="int 0x80 and x32 are of amd64")
 @pytest.mark.parametrize("call", [("i", 20), (39 | 0x40000000,), (0x40000000 + 520, 1, 1, 1)], ids=str)
 def test_what_comes_in_by_another_architectures_entry_is_killed(probe: MakeProbe, call: probes.Call) -> None:
@@ -125,6 +130,7 @@ def test_the_shell_of_the_operator_has_the_same_filter(probe: MakeProbe) -> None
     assert probes.words(done.stdout) == ["EPERM", "worked"]
 
 
+@pytest.mark.guest
 def test_the_kernel_says_that_every_filter_is_there(probe: MakeProbe) -> None:
     tenant = probe().tenant
     status = tenant.output("grep ^Seccomp /proc/self/status").split()

@@ -25,10 +25,12 @@ IPV6 = ["/usr/bin/python3", "-c", "import socket; socket.socket(socket.AF_INET6)
 
 
 @pytest.fixture(scope="module")
-def five(make_root: Callable[[], Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+def five(
+    make_root: Callable[[], Path], master_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Programs]:
     """A world with the five in one layer, built once."""
     root = make_root()
-    yield programs.make(tmp_path_factory.mktemp("five"), root)
+    yield programs.make(tmp_path_factory.mktemp("five"), root, master_root)
     shutil.rmtree(root)
 
 

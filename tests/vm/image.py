@@ -19,7 +19,7 @@ from tests.vm.kernel import GUEST, Kernel
 INSIDE = "/opt/isochamber"
 PACKAGES = (
     "python3", "kmod", "procps", "iproute2", "nftables", "netbase", "libseccomp2", "strace", "libcap2-bin", "e2fsprogs",
-    "gcc", "libc6-dev", "iperf3", "systemd",
+    "xfsprogs", "gcc", "libc6-dev", "iperf3", "systemd",
 )  # fmt: skip
 
 # Of the test environment's packages, those that no test imports: large, and of no use inside.
