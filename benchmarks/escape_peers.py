@@ -114,6 +114,10 @@ def nspawn(root: Path, _scratch: Path) -> str:
     return output_of(run(words, env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "0"}))
 
 
+# crun runs on v1 controllers or on a v2 tree, and not where the one stands beside the other.
+_WITHOUT_V2 = ["unshare", "-m", "/bin/sh", "-c", 'umount -l /sys/fs/cgroup/unified; exec "$@"', "sh"]
+
+
 def _oci(program: str) -> Callable[[Path, Path], str]:
     def start(root: Path, scratch: Path) -> str:
         """Run the runtime's own default configuration, with our command, and a root that can be written to."""
@@ -128,11 +132,12 @@ def _oci(program: str) -> Callable[[Path, Path], str]:
         config["root"] = {"path": str(root), "readonly": False}
         (bundle / "config.json").write_text(json.dumps(config))
         state: list[str | Path] = ["--root", scratch / f"state-{program}"]
+        where = _WITHOUT_V2 if program == "crun" and Path("/sys/fs/cgroup/unified").is_dir() else []
         name = f"isochamber-peer-{os.getpid()}"
         try:
-            return output_of(run([runtime, *state, "run", "--bundle", bundle, name]))
+            return output_of(run([*where, runtime, *state, "run", "--bundle", bundle, name]))
         finally:
-            run([runtime, *state, "delete", "--force", name])
+            run([*where, runtime, *state, "delete", "--force", name])
 
     return start
 

@@ -12,6 +12,8 @@ _HIDDEN = (
     "proc/sched_debug", "proc/scsi", "proc/timer_list", "proc/timer_stats", "sys/devices/virtual/powercap",
     "sys/firmware",
 )  # fmt: skip
+# Of each processor: it tells when others work hard (moby hides it since 28).
+_HIDDEN_OF_PROCESSORS = "sys/devices/system/cpu/cpu{}/thermal_throttle"
 _READ_ONLY = ("proc/bus", "proc/fs", "proc/irq", "proc/sys", "proc/sysrq-trigger")
 
 _INERT = (
@@ -21,12 +23,19 @@ _INERT = (
 
 def targets() -> list[str]:
     """Return every path that :func:`apply` may mount on, as the tenant sees it."""
-    return [f"/{path}" for path in _HIDDEN + _READ_ONLY]
+    return [f"/{path}" for path in (*_HIDDEN, *_of_processors(), *_READ_ONLY)]
+
+
+def _of_processors() -> list[str]:
+    """Return the paths of all processors, where the first one has such a directory (read in a sysfs at /sys)."""
+    if not os.path.isdir(f"/{_HIDDEN_OF_PROCESSORS.format(0)}"):
+        return []
+    return [_HIDDEN_OF_PROCESSORS.format(number) for number in range(os.sysconf("SC_NPROCESSORS_CONF"))]
 
 
 def apply(root: int) -> None:
     """Hide and write-protect; names that this kernel does not have are passed over. Raises OSError."""
-    for path in _HIDDEN:
+    for path in (*_HIDDEN, *_of_processors()):
         target = _open(root, path)
         if target is None:
             continue

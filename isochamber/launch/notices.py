@@ -25,6 +25,7 @@ _SYNC_WAKE_UP = 1  # the answer wakes the caller on our own processor: Linux 6.6
 _NOTICE, _ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct("=QqiI")
 _CONTINUE = 1
 _LOW_32_BITS = 0xFFFFFFFF
+_MOST_USES = 20_000  # different ones that a run may note: a large program makes a few hundred
 _AT_ONCE = 1000  # notifications before signals and the terminal have their turn
 
 
@@ -87,6 +88,8 @@ class Learner:
         value = -1 if index is None else arguments[index] & _LOW_32_BITS
         name, error = self._refused(number, arguments)
         if (number, value, name) not in self._seen:
+            if len(self._seen) >= _MOST_USES:
+                return errno.EPERM  # or a hostile program would fill our memory with values of ioctl's argument
             self._seen.add((number, value, name))
             # At once: what was noted is kept when we are killed.
             os.write(self._learning.notes, f"{number} {value} {name}\n".encode())

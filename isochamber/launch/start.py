@@ -9,7 +9,6 @@ from __future__ import annotations
 import _socket
 import errno
 import os
-import sys
 
 from isochamber import paths
 from isochamber.errors import EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_OURS, IsochamberError
@@ -21,6 +20,7 @@ from isochamber.launch import (
     devices,
     disk,
     handover,
+    interpreter,
     ipc,
     join,
     landlock,
@@ -162,6 +162,7 @@ def tenant_side(prepared: Prepared, messages: _socket.socket) -> None:
 def _exit_with_what_it_says(become: Callable[[Steps], None], messages: _socket.socket, first: str = "") -> None:
     step = Steps()
     step.name = first
+    interpreter.close_importers()
     try:
         become(step)
     except IsochamberError as error:
@@ -171,8 +172,8 @@ def _exit_with_what_it_says(become: Callable[[Steps], None], messages: _socket.s
         wrapped = IsochamberError.from_os(error, stage="launch")
         channel.send_failure(messages, step.name, wrapped)
         os._exit(EXIT_OURS)
-    except BaseException:  # a bug of ours: shown, and the tenant never runs
-        sys.excepthook(*sys.exc_info())
+    except BaseException as error:  # a bug of ours: said, and the tenant never runs
+        channel.send_failure(messages, step.name, interpreter.bug(error))
     finally:
         os._exit(EXIT_OURS)
 
@@ -328,6 +329,8 @@ def _take_ids(entry: Entry) -> None:
         syscalls.prctl(syscalls.PR_SET_SECUREBITS, syscalls.SECBIT_NO_SETUID_FIXUP)  # the next step needs capabilities
     os.setresgid(entry.gid, entry.gid, entry.gid)
     os.setresuid(entry.uid, entry.uid, entry.uid)
+    # Again: it is as fs.suid_dumpable says now, and who runs beside us has the same ids.
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
 
 
 def _reset_signals() -> None:

@@ -6,7 +6,7 @@ import os
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
-from isochamber.launch import join, masking
+from isochamber.launch import join, masking, syscalls
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -79,6 +79,8 @@ def _check_privileges(kept: int) -> None:
             raise _refuse(f"{name.decode()} is {status[name].strip().decode()}")
     if status[b"NoNewPrivs"].strip() != b"1":
         raise _refuse("no_new_privs is not set")
+    if syscalls.prctl(syscalls.PR_GET_DUMPABLE) == 1:
+        raise _refuse("others may look into it")
 
 
 def _check_mounts(entry: Entry) -> None:

@@ -56,6 +56,12 @@ SABOTAGE = {
         "start.landlock.apply = lambda **more: None",
         "no_new_privs is not set",
     ),
+    "open to others": (
+        # As fs.suid_dumpable would leave it on a machine that has it at 1.
+        "real = syscalls.prctl\n"
+        "syscalls.prctl = lambda option, *rest: real(option, *((1,) if option == syscalls.PR_SET_DUMPABLE else rest))",
+        "others may look into it",
+    ),
     "ids not taken": ("start._take_ids = lambda entry: None", "its ids are"),
     "root not entered": ("mounts.enter = lambda root: None", "the root|is mounted and should not be|/ is a"),
     "old root not detached": (
@@ -183,3 +189,51 @@ def test_clean_up_that_fails_is_said_and_does_not_change_the_tenants_status(tena
         assert part in line
     assert tenant.run("/bin/true").returncode == 0
     assert not tenant.group.exists()
+
+
+def test_what_every_processor_tells_is_hidden_of_each(tenant: Tenant) -> None:
+    """By another directory than thermal_throttle, which a machine without a thermometer has not."""
+    there = "sys/devices/system/cpu/cpu{}/topology"
+    count = f"cat /{there.format('*')}/* 2>/dev/null | wc -l"
+    assert int(_launch(tenant, "", ["/bin/sh", "-c", count]).stdout) > 0, "the control"
+    done = _launch(tenant, f"masking._HIDDEN_OF_PROCESSORS = {there!r}", ["/bin/sh", "-c", count])
+    assert (done.returncode, done.stdout.strip()) == (0, "0"), done.stderr
+
+
+LATE_IMPORT = """\
+import os
+from isochamber.launch import interpreter
+{more}
+real = syscalls.sethostname
+def imports_something(name):
+    real(name)
+    try:
+        import hostile_module
+    except ImportError:
+        pass
+syscalls.sethostname = imports_something
+"""
+
+
+def test_no_module_of_the_tenants_is_ever_imported(tenant: Tenant) -> None:
+    """The paths that the launcher imports from name files of the tenant's once its root is entered."""
+    place = tenant.upper / next(path for path in sys.path if path.endswith(f"python3.{sys.version_info[1]}")).strip("/")
+    place.mkdir(parents=True)
+    (place / "hostile_module.py").write_text(
+        "import os\nos.write(1, b'imported by %d\\n' % os.getuid())\nos._exit(0)\n"
+    )
+    without = _launch(tenant, LATE_IMPORT.format(more="interpreter.close_importers = lambda: None"))
+    assert without.stdout == "imported by 0\n", "the control: as the host's root"
+    assert _launch(tenant, LATE_IMPORT.format(more="")).stdout == "it ran\n"
+
+
+def test_a_bug_of_ours_is_a_line_that_reads_nothing_of_the_tenants(tenant: Tenant) -> None:
+    place = tenant.upper / str(PROJECT).strip("/") / "isochamber/launch"
+    place.mkdir(parents=True)
+    (place / "start.py").write_text("a line of the tenant's\n" * 400)
+    done = _launch(tenant, "syscalls.sethostname = lambda name: 1 // 0")
+    assert (done.returncode, done.stdout) == (125, "")
+    (line,) = done.stderr.splitlines()
+    assert "ZeroDivisionError" in line
+    assert "start.py:" in line
+    assert "of the tenant's" not in line
