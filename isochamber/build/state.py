@@ -49,10 +49,10 @@ class State:
         """Read it, or its copy where the file itself is lost or damaged; raises IsochamberError when both are."""
         first, *_ = files = self.namespace_files()
         # Missing or damaged is told by the one read: another process may be creating it at this moment.
-        existing = [(file, read_uuid(file)) for file in files if os.path.lexists(file)]
-        namespace = next((found for _, found in existing if found), None)
+        found = [read_uuid(file) for file in files if os.path.lexists(file)]
+        namespace = next(filter(None, found), None)
         if namespace is None:
-            if existing:
+            if found:
                 raise IsochamberError("does not hold a UUID", stage="state", path=first, hint=_NAMESPACE_HINT)
             return None
         self.__dict__["_namespace"] = namespace  # it never changes, and None is never remembered

@@ -26,14 +26,17 @@ def fsck(arguments: argparse.Namespace) -> int:
     if found and arguments.repair:
         checking.repair(state, found)
         _make_anew(arguments)
-        _networks(state, repair=True)
-        left = [*checking.check(state, deep=arguments.deep), *_networks(state)]
+        networks = _networks(state, repair=True)
+        left = [*checking.check(state, deep=arguments.deep), *networks]
     _tell(arguments, state, found, left)
     return 1 if left else 0
 
 
 def _networks(state: "State", *, repair: bool = False) -> "list[Finding]":
-    """Return what is not as planned of the networks, or make it so, once one was made since the machine started."""
+    """Return what is not as planned of the networks, and with ``repair`` what is left of that when it was made so.
+
+    Nothing, where none was made since the machine started.
+    """
     from isochamber.build import fsck as checking  # noqa: PLC0415
     from isochamber.build import registry  # noqa: PLC0415
 

@@ -40,8 +40,8 @@ def ensure(tid: str, uid_base: int, uid_count: int) -> tuple[int, int]:
     it was made with stands in a file beside it, and ``verify`` reads the real one back
     at every start. Raises IsochamberError.
     """
-    directory = os.path.dirname(paths.namespace_pin(tid, "user"))
-    wanted = f"{uid_base} {uid_count}\n".encode()
+    directory = _directory(tid)
+    wanted = _map(uid_base, uid_count)
     try:
         os.makedirs(directory, 0o700, exist_ok=True)
         lock = os.open(f"{directory}/map", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -74,15 +74,24 @@ def ensure(tid: str, uid_base: int, uid_count: int) -> tuple[int, int]:
     return user, net
 
 
+def _directory(tid: str) -> str:
+    return os.path.dirname(paths.namespace_pin(tid, "user"))
+
+
+def _map(uid_base: int, uid_count: int) -> bytes:
+    """Return what the file "map" says of a user namespace that was made whole."""
+    return f"{uid_base} {uid_count}\n".encode()
+
+
 def problem(tid: str, uid_base: int, uid_count: int) -> str | None:
     """Return what a start would have to make anew of the pins, or None; one that is not there is none."""
     try:
-        lock = os.open(f"{os.path.dirname(paths.namespace_pin(tid, 'user'))}/map", os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(f"{_directory(tid)}/map", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if os.pread(lock, 64, 0) != f"{uid_base} {uid_count}\n".encode():
+        if os.pread(lock, 64, 0) != _map(uid_base, uid_count):
             return "its namespaces were cut while they were made, or are of another range of ids"
         for kind in _KINDS:
             pin = _open(tid, kind)
@@ -215,7 +224,7 @@ def remove_pins(tid: str) -> None:
 
 def remove(tid: str) -> None:
     """Unpin both namespaces and remove their directory: the tenant is deleted. Raises OSError."""
-    directory = os.path.dirname(paths.namespace_pin(tid, "user"))
+    directory = _directory(tid)
     try:
         lock = os.open(f"{directory}/map", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
