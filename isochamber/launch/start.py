@@ -89,6 +89,7 @@ class Prepared:
                 disk.attach(root, entry.tid)
             else:
                 disk.check_unused(root, entry.tid)
+            _check_there(root, entry)
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
             join.ensure(root, entry, self.net)
             self.allowed = devicegroup.rules(entry.devices)
@@ -127,6 +128,17 @@ class Prepared:
             if descriptor >= 0:
                 os.close(descriptor)
         self.user = self.net = -1
+
+
+def _check_there(root: str, entry: Entry) -> None:
+    """Raise IsochamberError unless the tenant has its directories still: a deletion may have had the lock before us.
+
+    What is pinned, mounted or made for one that is gone would stay for ever.
+    """
+    if not os.path.isdir(f"{root}/{entry.upper}"):
+        raise IsochamberError(
+            "was removed meanwhile", stage="launch", path=f"{root}/{entry.upper}", hint="run ./doit to make it anew"
+        )
 
 
 def joining_side(prepared: Prepared, tenant: int, messages: _socket.socket) -> None:

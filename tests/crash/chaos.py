@@ -32,6 +32,7 @@ from tests.crash.world import SCRIPT, World, make_missing
 
 WORKERS = 4
 OWNED = 2
+DISKS = (1, 6)  # tenants with an image of their own
 SHARED = "shared"
 STUCK = 180.0  # seconds: an operation takes a fraction of one
 KILLED = 0.25  # of all operations
@@ -60,7 +61,9 @@ class Chaos(World):
         super().make()
         lines = [f"root: {self.root}", "defaults: {ipc: none}", "bases: {default: {}}", "tenants:"]
         for number, name in enumerate(self.every()):
-            lines.append(f"  {name}: {{package: packages/{name}}}")
+            more = "" if number % 4 == 0 else ", install_network: host"  # a bridge is most of what a layer takes
+            more += ", limits: {disk: 64M}" if number in DISKS else ""
+            lines.append(f"  {name}: {{package: packages/{name}{more}}}")
             progs = self.directory / "packages" / name / "progs"
             progs.mkdir(parents=True)
             script = number % 2 == 0
@@ -254,7 +257,8 @@ def _token(state: State, name: str) -> str:
 
 def _write(world: Chaos, name: str, token: str) -> None:
     state = State(world.root)
-    durable.write_file(state.home(state.tid(name)) / "token", token.encode(), staging=state.staging)
+    tid = state.tid(name)
+    durable.write_file(state.home(tid) / "token", token.encode(), staging=state.staging_of(tid))
 
 
 def _delete(world: Chaos, name: str) -> None:

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from isochamber import paths
-from isochamber.launch import command, records, stop
+from isochamber.errors import IsochamberError
+from isochamber.launch import command, entry, pins, records, start, stop
 from tests.conftest import SCRATCH
 from tests.launch import tenants
 from tests.launch.tenants import Started, Tenant, wait_for_end, wait_until_free
@@ -259,6 +260,21 @@ def test_a_lock_file_deleted_between_open_and_lock_is_not_believed(
     descriptor = records.lock(tenant.tid, tenant.name)
     assert os.path.samestat(os.fstat(descriptor), os.stat(path))
     os.close(descriptor)
+
+
+def test_a_start_whose_tenant_is_deleted_before_it_has_the_lock_makes_nothing(tenant: Tenant) -> None:
+    wanted = entry.read(str(tenant.root), tenant.name)  # while it was there still
+    pins.remove(tenant.tid)
+    tenant.directory.rename(tenant.directory.with_suffix(".deleted"))
+    try:
+        with pytest.raises(IsochamberError, match="was removed meanwhile"):
+            start.Prepared(str(tenant.root), wanted, own_terminal=False)
+        assert not Path(paths.namespace_pin(tenant.tid, "user")).parent.exists()
+        assert not records.held(tenant.tid)
+        _gone(tenant)
+    finally:
+        tenant.directory.with_suffix(".deleted").rename(tenant.directory)
+    assert tenant.run("/bin/true").returncode == 0
 
 
 def test_stop_waits_for_a_tenant_that_is_just_being_set_up(tenant: Tenant) -> None:
