@@ -70,9 +70,9 @@ class Server:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def do(self, step: str, world: World) -> None:
+    def do(self, step: str, world: World, **more: Any) -> None:
         """Do ``step``, which must succeed."""
-        answer = self.ask(step, world)
+        answer = self.ask(step, world, **more)
         assert answer["status"] == 0, f"{step}: {answer}"
 
     def trace(self, step: str, world: World, *, children: bool, variant: str | None = None) -> str:

@@ -1,13 +1,15 @@
 """Does steps in children forked from a process that has imported everything, traced by strace when asked.
 
 A request is a line of JSON: ``step``, ``directory``, and perhaps ``strace`` (its
-options). The answer is one too: ``status`` (negative: killed by that signal) and
+options), and ``stopped``: a command to be run when strace has stopped the step by a
+signal, before it goes on. The answer is one too: ``status`` (negative: killed by that signal) and
 ``stderr``. Python's start and imports would cost more than all of the steps.
 """
 
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -25,7 +27,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         os.close(go_read)
         tracer = _attach(child, request["strace"]) if request.get("strace") else None
         os.close(go_write)
-        _, status = os.waitpid(child, 0)
+        _, status = os.waitpid(child, os.WUNTRACED if "stopped" in request else 0)
+        if os.WIFSTOPPED(status):
+            subprocess.run(request["stopped"], check=True)
+            os.kill(child, signal.SIGCONT)
+            _, status = os.waitpid(child, 0)
         if tracer is not None:
             tracer.communicate()
         errors.seek(0)
