@@ -13,6 +13,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from isochamber.launch import disk, quota, records, stop
 
 WORKDIR, HOME = "workdir", "home"
 _MINUTES = 10
+_COPIES_LAST = 10.0  # seconds at most that a start sees the host's mounts
 
 
 def image(state: State, tid: str) -> Path:
@@ -117,12 +119,15 @@ def attach(state: State, tid: str) -> None:
     if disk.project_of(str(state.root), tid):
         _link_home(state, tid)
     elif image(state, tid).exists() and not disk.is_mounted(str(state.tenant_fs(tid))):
-        _settle(state, tid)
-        try:
-            disk.attach(str(state.root), tid)
-        except IsochamberError:
-            mend(state, tid)
-            disk.attach(str(state.root), tid)
+        durable.make_directories(state.tenant_fs(tid), 0o755)  # a deletion that was cut may have had that already
+        for may_mend in (True, False):
+            try:
+                disk.attach(str(state.root), tid, lambda: _settle(state, tid))
+                break
+            except IsochamberError:
+                if not may_mend:
+                    raise
+                mend(state, tid)
         durable.remove_stale_stages(state.staging_of(tid))  # nobody could see them before
 
 
@@ -135,25 +140,35 @@ def repair(state: State, tenant: str, tid: str) -> None:
 def mend(state: State, tid: str, *, thorough: bool = False) -> None:
     """Let e2fsck(8) mend the image: what is safe, or with ``thorough`` whatever it takes. Raises IsochamberError."""
     path = image(state, tid)
-    disk.detach(str(state.root), tid)
-    _require_unmounted(tid, path)
-    found = superblock(path)
-    with path.open("r+b") as file:
-        if found.size > os.fstat(file.fileno()).st_size and thorough:
-            file.truncate(found.size)  # what was there is lost
     hint = f"isochamber fsck --repair, or delete the tenant and restore a backup: e2fsck -f -y {path} says what it has"
-    _run(tid, ["e2fsck", "-f", "-y" if thorough else "-p", str(path)], fine=(0, 1), hint=hint)  # 1: corrected
-    durable.sync_file(path)
+    lock = disk.lock_image(str(path))  # a start would mount it meanwhile
+    try:
+        disk.detach(str(state.root), tid)
+        _require_unmounted(tid, path)
+        found = superblock(path)
+        with path.open("r+b") as file:
+            if found.size > os.fstat(file.fileno()).st_size and thorough:
+                file.truncate(found.size)  # what was there is lost
+        _run(tid, ["e2fsck", "-f", "-y" if thorough else "-p", str(path)], fine=(0, 1), hint=hint)  # 1: corrected
+        durable.sync_file(path)
+    finally:
+        os.close(lock)
 
 
 def _require_unmounted(tenant: str, path: Path) -> None:
-    """Raise IsochamberError when a loop device lies on the image: it is mounted where this process can't see it."""
+    """Raise IsochamberError when a loop device stays on the image: it is mounted where this process can't see it.
+
+    For a moment that is so whenever another tenant starts: its mount namespace begins as a copy of the host's.
+    """
+    deadline = time.monotonic() + _COPIES_LAST
     with path.open("rb") as file:
-        if disk.attached(file.fileno()) is not None:
-            raise IsochamberError(
-                "is mounted in another mount namespace", stage="disk", tenant=tenant, path=path,
-                hint="end what is there",
-            )  # fmt: skip
+        while disk.attached(file.fileno()) is not None:
+            if time.monotonic() > deadline:
+                raise IsochamberError(
+                    "is mounted in another mount namespace", stage="disk", tenant=tenant, path=path,
+                    hint="end what is there",
+                )  # fmt: skip
+            time.sleep(0.01)  # a loop device that frees itself tells nobody
 
 
 def ensure(state: State, tenant: str, tid: str, wanted: int | None, project: int) -> None:

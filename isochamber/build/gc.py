@@ -8,7 +8,7 @@ from pathlib import Path
 
 from isochamber import paths
 from isochamber.build import disk as limited
-from isochamber.build import durable, entry, identity, locks, registry, space, tree
+from isochamber.build import durable, entry, identity, locks, registry, sandbox, space, tree
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -60,6 +60,7 @@ def _remove_tenant(state: State, tid: str, name: str) -> None:
         lock = _stopped(tid, name)  # a supervisor may have started it again; without an entry it can't once more
         try:
             pins.remove(tid)
+            _remove_build_pins(tid, name)
             disk.detach(str(state.root), tid)
             limited.lift(state, tid)
             durable.remove_tree(state.tenant_fs(tid), state.staging)
@@ -67,6 +68,18 @@ def _remove_tenant(state: State, tid: str, name: str) -> None:
             registry.remove(state, tid)  # a ./doit that held it back may have written it in between
             records.forget(tid)
             Path(paths.tenant_lock(tid)).unlink(missing_ok=True)
+        finally:
+            os.close(lock)
+
+
+def _remove_build_pins(tid: str, name: str) -> None:
+    """Remove the pins of its install script's last run, where that was killed; a run that goes on keeps them."""
+    run = sandbox.build_tid(tid)
+    with contextlib.suppress(IsochamberError):  # it runs
+        lock = records.lock(run, name)
+        try:
+            pins.remove(run)
+            Path(paths.tenant_lock(run)).unlink(missing_ok=True)
         finally:
             os.close(lock)
 

@@ -12,7 +12,7 @@ from isochamber import paths
 from isochamber.build import durable
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
-from isochamber.launch import cgroup, records
+from isochamber.launch import cgroup, pins, records
 
 
 def clean(state: State, *, every: bool = False) -> tuple[str, ...]:
@@ -29,7 +29,7 @@ def clean(state: State, *, every: bool = False) -> tuple[str, ...]:
         if not _swept(state).exists():
             _swept(state).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             _swept(state).touch()
-    return removed + _clean_records()
+    return removed + _clean_records() + _clean_pins()
 
 
 def stage_directories(state: State, *, every: bool = False) -> list[Path]:
@@ -77,4 +77,15 @@ def _clean_records() -> tuple[str, ...]:
             continue
         finally:
             os.close(lock)
+    return tuple(cleaned)
+
+
+def _clean_pins() -> tuple[str, ...]:
+    """Unpin namespaces that were being made when their maker was killed."""
+    cleaned = []
+    with contextlib.suppress(OSError):
+        for tid in os.listdir(f"{paths.run_directory()}/ns"):
+            with contextlib.suppress(OSError):
+                if pins.remove_half_made(tid):
+                    cleaned.append(f"half-made namespaces of {tid}")
     return tuple(cleaned)

@@ -163,14 +163,18 @@ def _read(group: str, file: str) -> str:
 def write(group: str, file: str, *texts: str) -> None:
     """Write each of ``texts`` into one file of ``group``, in order; raises OSError with its path."""
     path = f"{group}/{file}"
-    descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    descriptor = -1
     try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         for text in texts:
             os.write(descriptor, text.encode())
     except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error
+        # ENODEV: the group was removed after its file was found; for the caller it is gone as if it had been before.
+        number = errno.ENOENT if error.errno == errno.ENODEV else error.errno
+        raise OSError(number, os.strerror(number or 0), path) from error
     finally:
-        os.close(descriptor)
+        if descriptor >= 0:
+            os.close(descriptor)
 
 
 def freeze(group: str, *, frozen: bool) -> None:

@@ -17,6 +17,10 @@ from isochamber import paths
 from isochamber.errors import IsochamberError
 from isochamber.launch import quota, syscalls
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 # loop(4) and include/uapi/linux/loop.h
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A  # Linux 5.8
@@ -49,8 +53,15 @@ def where(root: str, tid: str) -> str:
     return f"project quota {project} on {directory}" if project else image_of(root, tid)
 
 
-def attach(root: str, tid: str) -> None:
-    """See that the quota is in force, or mount the image if it is not mounted here. Raises IsochamberError ("disk")."""
+def _nothing() -> None:
+    pass
+
+
+def attach(root: str, tid: str, before: Callable[[], None] = _nothing) -> None:
+    """See that the quota is in force, or mount the image if it is not mounted here. Raises IsochamberError ("disk").
+
+    ``before`` it is mounted something may be done that nobody else mounts it during.
+    """
     target = f"{root}/{paths.TENANTS_FS}/{tid}"
     image = image_of(root, tid)
     project = project_of(root, tid)
@@ -58,12 +69,10 @@ def attach(root: str, tid: str) -> None:
         _require(target, project)
         return
     try:
-        # Two loop devices over one file would be two file systems. The lock has a descriptor of its own: the loop
-        # device keeps the one that it is given, and a lock on that would stay.
-        lock = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        lock = lock_image(image)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             if not is_mounted(target):
+                before()
                 file = os.open(image, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
                 try:
                     mount(file, image, target)
@@ -75,6 +84,16 @@ def attach(root: str, tid: str) -> None:
         raise IsochamberError.from_os(
             error, stage="disk", path=image, hint="its /home is in there; does the kernel have loop devices and ext4?"
         ) from error
+
+
+def lock_image(image: str) -> int:
+    """Return a lock until it is closed: two loop devices over one file would be two file systems. Raises OSError.
+
+    It is no descriptor for the loop device, which keeps the one that it is given: a lock on that would stay.
+    """
+    lock = os.open(image, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
 def check_unused(root: str, tid: str) -> None:

@@ -91,7 +91,10 @@ def problem(tid: str, uid_base: int, uid_count: int) -> str | None:
         return None
     try:
         fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        if os.pread(lock, 64, 0) != _map(uid_base, uid_count):
+        text = os.pread(lock, 64, 0)
+        if not text and not _any(tid):
+            return None
+        if text != _map(uid_base, uid_count):
             return "its namespaces were cut while they were made, or are of another range of ids"
         for kind in _KINDS:
             pin = _open(tid, kind)
@@ -220,6 +223,30 @@ def remove_pins(tid: str) -> None:
             pass
     for kind in _KINDS:
         _unpin(paths.namespace_pin(tid, kind))
+
+
+def _any(tid: str) -> bool:
+    return any(os.path.lexists(paths.namespace_pin(tid, kind)) for kind in _KINDS)
+
+
+def remove_half_made(tid: str) -> bool:
+    """Unpin what a cut left of namespaces that were being made; says whether there was something. Raises OSError.
+
+    Their directory stays: a start may have it open already.
+    """
+    if os.stat(f"{_directory(tid)}/map").st_size or not _any(tid):
+        return False
+    lock = os.open(f"{_directory(tid)}/map", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock).st_size:
+            return False
+        remove_pins(tid)
+    except BlockingIOError:
+        return False  # they are being made
+    finally:
+        os.close(lock)
+    return True
 
 
 def remove(tid: str) -> None:

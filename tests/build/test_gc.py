@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from isochamber import paths
-from isochamber.build import durable, gc, identity, locks, registry, tree
+from isochamber.build import durable, gc, identity, locks, registry, sandbox, tree
 from isochamber.build.pipeline import Pipeline
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
+from isochamber.launch import pins
 from isochamber.spec.model import Spec
 from tests.build.products import Lines, eventually
 
@@ -137,6 +138,17 @@ def test_deleting_what_is_no_tenant_is_one_line(state: State, name: str) -> None
     assert "\x1b" not in caught.value.line()
     assert sorted(path.name for path in state.root.rglob("*")) == before
     assert list(registry.read(state)) == [who.tid]
+
+
+def test_deleting_takes_the_namespaces_of_an_install_script_whose_build_was_killed(state: State) -> None:
+    who = identity.ensure(state, "sensor")
+    run = sandbox.build_tid(who.tid)
+    for descriptor in pins.ensure(run, who.uid_base, identity.UID_COUNT):
+        os.close(descriptor)
+    gc.delete(state, "sensor", Lines())
+    assert run not in Path("/proc/self/mountinfo").read_text()
+    assert not Path(paths.namespace_pin(run, "user")).parent.exists()
+    assert not Path(paths.tenant_lock(run)).exists()
 
 
 @pytest.mark.parametrize("by", ["name", "tid"])

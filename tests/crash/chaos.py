@@ -27,6 +27,7 @@ from isochamber.build import restore as restoring
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import command, records
+from isochamber.launch import disk as mounting
 from tests.build.products import eventually, processes_of
 from tests.crash.world import SCRIPT, World, make_missing
 
@@ -244,6 +245,9 @@ class Worker:
 
 def _lacks(state: State, found: Mapping[str, Any] | None) -> list[str]:
     """Return what an entry refers to and is not there; no entry lacks nothing."""
+    if found is not None and found["disk"] is not None:
+        with contextlib.suppress(IsochamberError):  # it is being deleted: what is missing is told below
+            mounting.attach(str(state.root), str(found["tid"]))  # as a start does
     named = () if found is None else (*found["lowers"], found["upper"], found["home"])
     return [path for path in named if not (state.root / path).is_dir()]
 

@@ -1,20 +1,23 @@
 """A tenant with a disk of its own: what damage is called and what mends it, and what a restart of the machine does."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import zstandard
 
-from isochamber.build import backup, disk, entry, fsck, gc, registry
+from isochamber.build import backup, disk, durable, entry, fsck, gc, registry
 from isochamber.build import restore as restoring
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import disk as mounting
+from tests.build.products import eventually
 from tests.crash.client import Server
 from tests.crash.world import World
 
@@ -204,4 +207,58 @@ def test_a_tenant_that_was_given_a_disk_starts_only_when_it_is_configured_for_it
     given.pipeline().configure("sensor")
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done
+    assert _found(given) == []
+
+
+def test_a_deletion_that_was_cut_between_its_directories_stands_in_the_way_of_no_doit(
+    server: Server, given: World
+) -> None:
+    state = State(given.root)
+    registry.remove(state, _tid(given))
+    given.detach()
+    durable.remove_tree(state.tenant_fs(_tid(given)), state.staging)  # and not yet where the image is
+    server.do("configure", given)
+    assert (_home(given) / "kept").read_text() == KEPT
+    assert _found(given) == []
+
+
+def test_what_lies_beside_a_disk_is_removed_while_nobody_else_can_mount_it(given: World) -> None:
+    """Else a start could mount it in between, and what is on it would be removed."""
+    given.detach()
+    refused: list[bool] = []
+
+    def before() -> None:
+        with _image(given).open("rb") as other, pytest.raises(BlockingIOError):
+            fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        refused.append(not mounting.is_mounted(str(State(given.root).tenant_fs(_tid(given)))))
+
+    mounting.attach(str(given.root), _tid(given), before)
+    assert refused == [True]
+    mounting.attach(str(given.root), _tid(given), before)
+    assert refused == [True], "it is mounted: nothing lies beside it"
+
+
+def test_a_restore_waits_for_the_copies_that_mount_namespaces_of_others_have_of_the_disk(
+    server: Server, given: World
+) -> None:
+    server.do("save", given)
+    words = ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo ready; read end"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"ready\n"
+        failed: list[BaseException] = []
+
+        def restore() -> None:
+            try:
+                restoring.restore(State(given.root), given.backups / "sensor", replace=True)
+            except IsochamberError as error:
+                failed.append(error)
+
+        restoring_one = threading.Thread(target=restore)
+        restoring_one.start()
+        assert eventually(lambda: not mounting.is_mounted(str(State(given.root).tenant_fs(_tid(given)))))
+        other.stdin.close()
+        restoring_one.join()
+    assert failed == []
     assert _found(given) == []

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from isochamber import paths
+from isochamber.build import recover
+from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import pins, syscalls
 from tests.launch import tenants
@@ -113,6 +115,18 @@ def test_removing_leaves_no_mount_no_file_and_may_be_done_twice(tenant: Tenant) 
         pins.remove(tenant.tid)
         assert not directory.exists()
         assert tenant.tid not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_what_a_cut_left_of_namespaces_that_were_being_made_is_unpinned_by_the_next_doit(tenant: Tenant) -> None:
+    _namespaces(tenant)
+    directory = Path(paths.namespace_pin(tenant.tid, "user")).parent
+    assert not pins.remove_half_made(tenant.tid), "these are whole"
+    os.truncate(directory / "map", 0)  # as before the first of them is made
+    assert pins.problem(tenant.tid, tenant.uid_base, tenants.UID_COUNT) is not None
+    recover.clean(State(tenant.root))
+    assert pins.problem(tenant.tid, tenant.uid_base, tenants.UID_COUNT) is None
+    assert str(directory) not in Path("/proc/self/mountinfo").read_text()
+    _namespaces(tenant)
 
 
 def test_a_start_that_cannot_pin_is_one_line(tenant: Tenant) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from isochamber import paths
 from isochamber.launch import cgroup, limits
 from tests.launch import tenants
 from tests.launch.tenants import Tenant
@@ -117,6 +118,17 @@ def test_what_a_tenant_starts_stays_in_its_groups_whatever_it_does(tenant: Tenan
         for controller in ("memory", "pids"):
             assert {started.record.pid, lodger} <= groups.members(tenant, controller)
     assert tenant.processes() == []
+
+
+def test_a_group_that_is_removed_under_who_writes_to_it_is_gone_for_him(tenant: Tenant) -> None:
+    found = cgroup.trees()
+    tree = found.v2 or next(iter(found.v1.values()))
+    group = Path(tree, f"{paths.cgroup_parent()}-{tenant.tid}")
+    group.mkdir()
+    with (group / "cgroup.procs").open("wb", buffering=0) as file:
+        group.rmdir()
+        with pytest.raises(FileNotFoundError):
+            cgroup.write("/proc/self/fd", str(file.fileno()), "0")
 
 
 def test_groups_that_were_left_behind_occupied_are_made_anew(tenant: Tenant) -> None:
