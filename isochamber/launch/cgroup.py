@@ -149,10 +149,27 @@ def _enable(groups: Groups, tree: str, controller: str) -> None:
         groups.refused[controller] = error
 
 
-def enter(groups: Groups, *, v2: bool = False) -> None:
-    """Move this process into its v1 groups, and the v2 one where clone3 did not put it there. Raises OSError."""
-    for group in {*groups.v1.values(), *([groups.v2] if v2 and groups.v2 is not None else [])}:
-        write(group, "cgroup.procs", "0")  # the writer itself
+def enter(groups: Groups) -> None:
+    """Move this process, which has one thread, into its v1 groups. Raises OSError.
+
+    By ``tasks``, as a thread moves itself: ``cgroup.procs`` would wait until no process of the
+    machine can be in the middle of a fork or an exec, 5 to 15 ms (cgroup_attach_lock in
+    kernel/cgroup/cgroup.c). Into the v2 group there is no other way: clone3 puts a process there.
+    """
+    for group in {*groups.v1.values()}:
+        write(group, "tasks", "0")  # the writer itself
+
+
+def take(groups: Groups, pid: int) -> None:
+    """Move a child of ours, by its ``pid`` as we count, into the v2 group: it was there before. Raises OSError.
+
+    One that has ended meanwhile is fine: it needs none, and its end is told elsewhere.
+    """
+    if groups.v2 is not None:
+        try:
+            write(groups.v2, "cgroup.procs", str(pid))
+        except ProcessLookupError:
+            pass
 
 
 def _read(group: str, file: str) -> str:

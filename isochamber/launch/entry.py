@@ -355,6 +355,11 @@ def _in_the_whole(content: bytes, tenant: str, path: str) -> Mapping[str, Any] |
     return _choose(entries, tenant)
 
 
+def parse(text: bytes) -> Entry:
+    """Return the entry that ``text`` is, the JSON of one alone; raises IsochamberError (stage "entry")."""
+    return Entry(_parse(text, paths.CONTAINERS))  # type: ignore[arg-type] # Entry checks it
+
+
 def _parse(text: bytes, path: str) -> object:
     try:
         return lean.parse(text)

@@ -1,4 +1,4 @@
-"""seccomp(2): the tenant's filters, compiled ahead by the build half, loaded as the last thing before the exec."""
+"""seccomp(2): the tenant's filters, compiled ahead by the build half; the last is the last thing before the exec."""
 
 from __future__ import annotations
 
@@ -52,21 +52,21 @@ def _read(root: str, digest: str) -> bytes:
     return program
 
 
-def load(filters: Filters, messages: _socket.socket) -> None:
-    """Load every program, the learned one last, and look whether the kernel took them; raises IsochamberError, OSError.
+def load(filters: Filters, messages: _socket.socket, *, learned: bool) -> None:
+    """Load the programs that are common to many, or the ``learned`` one, and look whether the kernel took them.
 
-    After the first one this process makes only calls that every tenant may make, and
+    After the first of the common ones this process makes only calls that every tenant may make, and
     after the learned one only those that every program needs: read, write, close, execve, exit.
+    Raises IsochamberError, OSError.
     """
+    programs = ([] if filters.learned is None else [filters.learned]) if learned else filters.programs
+    if not programs:
+        return
     status = os.open("/proc/self/status", os.O_RDONLY | os.O_CLOEXEC)
     before, listener = _count(status), 0
-    for program in filters.programs:
-        syscalls.seccomp_filter(program)
-    if filters.learned is not None:
-        listener = syscalls.seccomp_filter(filters.learned, filters.flags)
-    loaded = len(filters.programs) + (filters.learned is not None)
-    if loaded:
-        _check(status, before, loaded)
+    for program in programs:
+        listener = syscalls.seccomp_filter(program, filters.flags if learned else 0)
+    _check(status, before, len(programs))
     if listener:
         channel.send_listener(messages, listener)
     os.close(status)

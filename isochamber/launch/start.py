@@ -7,11 +7,10 @@ Each step is one line; what it does is in the module that its name begins with.
 from __future__ import annotations
 
 import _socket
-import errno
 import os
 
 from isochamber import paths
-from isochamber.errors import EXIT_NOT_EXECUTABLE, EXIT_NOT_FOUND, EXIT_OURS, IsochamberError
+from isochamber.errors import EXIT_OURS, IsochamberError
 from isochamber.launch import (
     capabilities,
     cgroup,
@@ -19,6 +18,7 @@ from isochamber.launch import (
     devicegroup,
     devices,
     disk,
+    execute,
     handover,
     interpreter,
     ipc,
@@ -55,8 +55,8 @@ class Prepared:
     """What the host side made before the clone: descriptors, all close-on-exec."""
 
     __slots__ = (
-        "allowed", "entry", "filters", "groups", "highest_capability", "host_namespaces", "lock", "net", "notify",
-        "root", "spare", "terminal", "trees", "user", "waits",
+        "allowed", "entry", "filters", "groups", "highest_capability", "host_namespaces", "listens", "lock", "net",
+        "notify", "root", "spare", "terminal", "trees", "user", "waits",
     )  # fmt: skip
 
     def __init__(
@@ -68,7 +68,7 @@ class Prepared:
 
         Who ``listens`` takes what the learned filter hands over: see seccomp.Filters.
         A tenant that ``waits`` is set up until the exec, and goes on when it is handed over.
-        A ``spare`` first process is there already, and makes its mounts while :meth:`make_groups` is called.
+        A ``spare`` first process is there already: it makes its mounts while :meth:`make_rest` is called.
         Who starts many knows its own ``namespaces``, and where the cgroup ``trees`` are.
         """
         self.root = root
@@ -95,9 +95,9 @@ class Prepared:
             self.allowed = devicegroup.rules(entry.devices)
             found = trees()
             self.groups = cgroup.groups_of(entry.tid, self._controllers(), found)
+            self.listens = listens
             if not spare:
-                self.make_groups(found)
-            self.filters = seccomp.Filters(root, entry.seccomp, listens=listens)
+                self.make_rest(found=found)
             self.highest_capability = capabilities.last()
             self.host_namespaces = namespaces or verify.namespaces()
         except BaseException:
@@ -112,15 +112,19 @@ class Prepared:
     def _controllers(self) -> list[str]:
         return [*limits.controllers(self.entry.limits), devicegroup.CONTROLLER]
 
-    def make_groups(self, found: cgroup.Trees | None = None) -> None:
-        """Make the control groups, with every limit and the fence of the devices in force. Raises IsochamberError.
+    def make_rest(self, *, found: cgroup.Trees | None = None, enters: int | None = None) -> None:
+        """Make the control groups, with every limit and the fence of the devices in force, and read the filters.
 
-        ``found`` is where the trees are, for who has just looked.
+        Raises IsochamberError, OSError. ``found`` is where the trees are, for who has just looked;
+        ``enters`` is a process that is there already, and is put into the v2 group.
         """
         entry = self.entry
         self.groups = cgroup.make(entry.tid, self._controllers(), found or self.trees())
         limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_for(entry.limits, self.root))
         devicegroup.apply(self.groups, self.allowed)
+        if enters is not None:
+            cgroup.take(self.groups, enters)
+        self.filters = seccomp.Filters(self.root, entry.seccomp, listens=self.listens)
 
     def close(self) -> None:
         """Close what only the clone needs; the lock stays with who keeps the tenant."""
@@ -150,9 +154,7 @@ def joining_side(prepared: Prepared, tenant: int, messages: _socket.socket) -> N
 
 
 def _join(prepared: Prepared, tenant: int, messages: _socket.socket, step: Callable[[str], None]) -> None:
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
-    os.setsid()
-    os.umask(0o022)
+    close_to_others()
     cgroup.enter(prepared.groups)
     syscalls.setns(tenant, JOINED_NAMESPACES)  # a pidfd stands for all of them (setns(2), Linux 5.8)
     os.chdir("/")
@@ -205,12 +207,18 @@ class Steps:
         self.done.append(name)
 
 
+def close_to_others() -> None:
+    """Let nobody look into this process while it is the host's root, and give it a session of its own."""
+    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)
+    os.setsid()  # the operator's terminal is not ours to control
+    os.umask(0o022)
+
+
 def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], None]) -> None:
     entry, owner = prepared.entry, prepared.entry.uid_base
     step("close this process to others")
-    syscalls.prctl(syscalls.PR_SET_DUMPABLE, 0)  # nobody inside may look into this process while it is the host's root
-    os.setsid()  # the operator's terminal is not ours to control
-    os.umask(0o022)
+    if not prepared.spare:  # which has done it while it waited
+        close_to_others()
     os.chdir(prepared.root)  # lowerdir= takes relative paths, which no ":" of the operator's can break
     step("join the network namespace")
     if entry.network != "host":
@@ -243,7 +251,7 @@ def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], 
     step("enter the control groups")
     if prepared.spare:
         channel.await_groups(messages)
-    cgroup.enter(prepared.groups, v2=prepared.spare)  # before anything of the tenant's is run
+    cgroup.enter(prepared.groups)  # before anything of the tenant's is run
     step("make the cgroup namespace")
     syscalls.unshare(syscalls.CLONE_NEWCGROUP)  # only now: its roots are the groups that we are in
     step("enter the root")
@@ -277,6 +285,10 @@ def _become_tenant(
     landlock.apply(joins=joins)
     step("verify")
     verify.inside(entry, prepared.host_namespaces, kept)
+    step("reset the signals")
+    _reset_signals()
+    step("load the common system call filters")
+    seccomp.load(prepared.filters, messages, learned=False)  # what is left to do is what every tenant may do
     step("wait to be handed over")
     if prepared.waits:
         handover.wait(entry, messages)
@@ -284,13 +296,12 @@ def _become_tenant(
     if slave is not None:
         terminal.become_controlling(slave)
     syscalls.close_range_on_exec(3)
-    step("reset the signals and the working directory")
-    _reset_signals()
+    step("set the working directory")
     os.chdir(entry.cwd)
-    step("load the system call filters")
-    seccomp.load(prepared.filters, messages)  # last: nothing but execve is left to do, and to be allowed
+    step("load the learned system call filter")
+    seccomp.load(prepared.filters, messages, learned=True)  # last: only execve is left to do, and to be allowed
     step("execute")
-    _execute(entry)
+    execute.program(entry)
 
 
 def _bind_home(root: int, entry: Entry, user: int) -> None:
@@ -352,39 +363,3 @@ def _reset_signals() -> None:
         if number not in (signal.SIGKILL, signal.SIGSTOP) and not 32 <= number < signal.SIGRTMIN:
             signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-
-
-def _execute(entry: Entry) -> None:
-    """execve(2) the tenant's program; raises IsochamberError with podman's exit code."""
-    failure = _try_each(entry)
-    missing = failure.errno == errno.ENOENT
-    raise IsochamberError(
-        failure.strerror or str(failure),
-        stage="launch",
-        path=entry.argv[0],
-        errno=failure.errno,
-        hint="is it (or the interpreter that its first line names) in progs/, the layer or the base?"
-        if missing
-        else "is it executable, and for this architecture?",
-        exit_code=EXIT_NOT_FOUND if missing else EXIT_NOT_EXECUTABLE,
-    )
-
-
-def _try_each(entry: Entry) -> OSError:
-    """execve(2) along PATH as execvp(3): what may not be run is passed over, and told if nothing else is found."""
-    name = entry.argv[0]
-    if "/" in name:
-        directories = [""]
-    else:
-        directories = [f"{path}/" for path in entry.env.get("PATH", "/usr/bin:/bin").split(":") if path]
-    found = OSError(errno.ENOENT, "is not on the PATH")
-    for directory in directories:
-        try:
-            os.execve(directory + name, entry.argv, entry.env)  # noqa: S606 - an argv list, no shell
-        except OSError as error:
-            if directory and error.errno in (errno.ENOENT, errno.ENOTDIR):
-                continue
-            found = error
-            if error.errno != errno.EACCES:
-                break
-    return found

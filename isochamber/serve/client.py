@@ -55,15 +55,32 @@ def ask(end: _socket.socket, request: dict[str, Any], descriptors: tuple[int, ..
 
 def stream(end: _socket.socket, request: dict[str, Any], descriptors: tuple[int, ...] = ()) -> Iterator[dict[str, Any]]:
     """Send a request and yield its answers, the last of them with "ok"; raises IsochamberError."""
+    tell(end, request, descriptors)
+    yield from answers(end)
+
+
+def tell(end: _socket.socket, request: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    """Send a request; raises IsochamberError."""
     line = (wire.dump({"version": VERSION, **request}) + "\n").encode()
     extra = []
     if descriptors:
         extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
-    rest = b""
     try:
         sent = end.sendmsg([line], extra, _socket.MSG_NOSIGNAL)
         while sent < len(line):
             sent += end.send(line[sent:], _socket.MSG_NOSIGNAL)
+    except OSError as error:
+        raise _hung_up(error) from error
+
+
+def _hung_up(error: OSError) -> IsochamberError:
+    return IsochamberError.from_os(error, stage="serve", hint="does the supervisor still run?")
+
+
+def answers(end: _socket.socket) -> Iterator[dict[str, Any]]:
+    """Yield the answers to what was asked, the last of them with "ok"; raises IsochamberError."""
+    rest = b""
+    try:
         while True:
             data = end.recv(65536)
             if not data:
@@ -79,7 +96,7 @@ def stream(end: _socket.socket, request: dict[str, Any], descriptors: tuple[int,
                 if "ok" in answer:
                     return
     except OSError as error:
-        raise IsochamberError.from_os(error, stage="serve", hint="does the supervisor still run?") from error
+        raise _hung_up(error) from error
 
 
 def _error(told: dict[str, Any]) -> IsochamberError:
@@ -92,7 +109,7 @@ def _error(told: dict[str, Any]) -> IsochamberError:
 class Remote:
     """A tenant, or a command beside one, that the supervisor started for us: what launch.running.Running is nearby."""
 
-    __slots__ = ("_beside", "_control", "end", "exit_code", "failure", "master", "pid", "pidfd", "say", "tenant")
+    __slots__ = ("_beside", "end", "exit_code", "failure", "master", "pid", "pidfd", "say", "tenant")
 
     def __init__(self, request: dict[str, Any]) -> None:
         """Have it started with our descriptors 0, 1 and 2; raises IsochamberError."""
@@ -105,13 +122,18 @@ class Remote:
         self.exit_code: int | None = None
         self.say: Callable[[str], None] | None = None  # prints a line for the operator
         self.end, other = channel.pair()
-        self._control = need()
+        control = need()
         try:
-            # The answer is not waited for here: what there is to know comes over the channel as well.
-            ask(self._control, request, (other.fileno(), 0, 1, 2))
+            try:
+                tell(control, request, (other.fileno(), 0, 1, 2))
+            finally:
+                other.close()
+            # Who holds it says so over the channel, whatever becomes of the supervisor meanwhile.
+            if self.end.recv(1, _socket.MSG_PEEK) != Word.STARTED:
+                for _ in answers(control):  # a refusal, as a rule: then nobody has the channel any more
+                    pass
         finally:
-            other.close()
-            self._control.close()
+            control.close()
 
     def hear(self) -> None:
         """Take one message (waits for it) and remember what it says."""

@@ -22,6 +22,7 @@ class Containers:
         self._identity: tuple[int, ...] | None = None
         self._by_tid: dict[str, Raw] = {}
         self._by_name: dict[str, Raw] = {}
+        self._texts: dict[str, bytes] = {}
         self._problem: str | None = None
 
     def refresh(self) -> bool:
@@ -34,7 +35,7 @@ class Containers:
         if identity == self._identity and identity is not None:
             return False
         former, self._identity = self._identity, identity
-        self._by_tid, self._by_name, self._problem = {}, {}, None
+        self._by_tid, self._by_name, self._texts, self._problem = {}, {}, {}, None
         if identity is not None:
             try:
                 with open(self.path, "rb") as file:
@@ -71,6 +72,16 @@ class Containers:
                 "is not configured", stage="entry", tenant=tenant, path=self.path, hint=f"./doit configure:{tenant}"
             )
         return entry
+
+    def text_of(self, raw: Raw) -> bytes:
+        """Return an entry as JSON on one line: made once a version of the file, for it is asked for at every start."""
+        tid = raw["tid"]
+        if self._by_tid.get(tid) is not raw:
+            return json.dumps(raw).encode()  # the file was replaced meanwhile
+        text = self._texts.get(tid)
+        if text is None:
+            text = self._texts[tid] = json.dumps(raw).encode()
+        return text
 
     def checked(self, tenant: str) -> tuple[Raw, Entry]:
         """Return an entry as it stands and as the launcher reads it; raises IsochamberError."""

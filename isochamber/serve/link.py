@@ -76,7 +76,7 @@ class Link:
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._answers: dict[int, asyncio.Future[Report]] = {}
-        self._queue: deque[tuple[Report, tuple[int, ...]]] = deque()
+        self._queue: deque[tuple[bytes, tuple[int, ...]]] = deque()
         self._loop.add_reader(end.fileno(), self._read)
 
     def _read(self) -> None:
@@ -104,16 +104,17 @@ class Link:
             else:
                 answer.set_result(report)
 
-    def tell(self, order: Report, descriptors: tuple[int, ...] = ()) -> None:
+    def tell(self, order: Report, descriptors: tuple[int, ...] = (), entry: bytes = b"") -> None:
         """Send an order that nobody waits for."""
-        self._queue.append((order, tuple(os.dup(descriptor) for descriptor in descriptors)))
+        packet = wire.with_entry(order, entry)
+        self._queue.append((packet, tuple(os.dup(descriptor) for descriptor in descriptors)))
         self._flush()
 
     def _flush(self) -> None:
         while self._queue:
-            order, descriptors = self._queue[0]
+            packet, descriptors = self._queue[0]
             try:
-                wire.send(self._end, order, descriptors)
+                wire.send_packet(self._end, packet, descriptors)
             except BlockingIOError:
                 self._loop.add_writer(self._end.fileno(), self._flush)
                 return
@@ -124,12 +125,12 @@ class Link:
         if self._end.fileno() >= 0:
             self._loop.remove_writer(self._end.fileno())
 
-    async def ask(self, order: Report, descriptors: tuple[int, ...] = ()) -> Report:
-        """Send an order and return its answer; raises IsochamberError."""
+    async def ask(self, order: Report, descriptors: tuple[int, ...] = (), entry: bytes = b"") -> Report:
+        """Send an order, with an entry if it is to start one, and return its answer; raises IsochamberError."""
         number = next(self._ids)
         answer: asyncio.Future[Report] = self._loop.create_future()
         self._answers[number] = answer
-        self.tell({**order, "id": number}, descriptors)
+        self.tell({**order, "id": number}, descriptors, entry)
         return await answer
 
     def close(self) -> None:

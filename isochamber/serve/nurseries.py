@@ -11,7 +11,7 @@ from typing import Any
 
 from isochamber import __version__
 from isochamber.errors import IsochamberError
-from isochamber.serve import link
+from isochamber.serve import link, wire
 from isochamber.serve.link import Link, Report
 
 
@@ -24,6 +24,7 @@ class Nurseries:
         self._former: dict[str, Link] = {}  # socket -> connection
         self._holder: dict[str, Link] = {}  # key of what is held -> who holds it
         self._may_start = asyncio.Event()
+        self._foreign: str | None = None  # why the nursery that takes starts can't be told what to start
         self.refused: str | None = None  # why a nursery of another version could not be replaced
 
     async def connect(self) -> bool:
@@ -40,7 +41,7 @@ class Nurseries:
             return False
         end, fresh = link.find_or_start()
         answer = await self._begin(end, None)
-        if not fresh and answer.get("program") != __version__:
+        if not fresh and (answer.get("program") != __version__ or self._foreign is not None):
             try:
                 await self.renew()  # what was installed meanwhile takes over: nobody has to stop for it
             except IsochamberError as error:
@@ -55,7 +56,10 @@ class Nurseries:
             self._current = made
         else:
             self._former[path] = made
-        return await made.ask({"do": "list"})
+        answer = await made.ask({"do": "list"})
+        if path is None:
+            self._foreign = _foreign(answer)
+        return answer
 
     async def renew(self) -> None:
         """Let a new nursery take every start from now on; the former keeps who runs. Raises IsochamberError."""
@@ -99,11 +103,15 @@ class Nurseries:
             raise IsochamberError("there is no nursery", stage="serve")
         return found
 
-    async def ask(self, order: Report, descriptors: tuple[int, ...] = ()) -> Report:
+    async def ask(self, order: Report, descriptors: tuple[int, ...] = (), entry: bytes = b"") -> Report:
         """Send an order to who holds what it is about, and return the answer; raises IsochamberError."""
-        if order["do"] == "start" and self._current is not None:
-            await self._may_start.wait()
-        return await self._link_for(order).ask(order, descriptors)
+        if order["do"] == "start":
+            if self._current is not None:
+                await self._may_start.wait()
+            if self._foreign is not None:
+                hint = "stop its tenants, then restart the supervisor"
+                raise IsochamberError(self._foreign, stage="serve", hint=hint)
+        return await self._link_for(order).ask(order, descriptors, entry)
 
     def tell(self, order: Report) -> None:
         """Send an order that needs no answer."""
@@ -125,3 +133,14 @@ class Nurseries:
         for found in (self._current, *self._former.values()):
             if found is not None:
                 found.close()
+
+
+def _foreign(answer: Report) -> str | None:
+    """Return what is wrong with a nursery that answers so, None when it speaks our version: every word is known then.
+
+    Of another version it is told nothing but what all of them know: who is held, signals, and to retire.
+    """
+    version = answer.get("version")
+    if version == wire.VERSION:
+        return None
+    return f"the nursery speaks version {version} of its protocol, not {wire.VERSION}, and could not be replaced"

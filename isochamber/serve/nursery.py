@@ -98,7 +98,8 @@ class Nursery:
             return
         try:
             packet, descriptors = wire.receive_json(self._supervisor)
-            order = wire.parse(packet) if packet else None
+            head, _, entry = packet.partition(b"\n")
+            order = wire.parse(head) if packet else None
         except (OSError, ValueError):
             self._hang_up()
             return
@@ -107,7 +108,7 @@ class Nursery:
             return
         try:
             if order["do"] == "start":
-                self._start(order, packet, descriptors)
+                self._start(order, packet, entry, descriptors)
             else:
                 self._orders[order["do"]](order, descriptors)
         except IsochamberError as error:
@@ -120,10 +121,10 @@ class Nursery:
 
     # Orders.
 
-    def _start(self, order: dict[str, Any], packet: bytes, descriptors: list[int]) -> None:
+    def _start(self, order: dict[str, Any], packet: bytes, entry: bytes, descriptors: list[int]) -> None:
         if self._retired:
             raise IsochamberError("another nursery has taken over", stage="nursery", hint="try again")
-        self._starts.start(order, packet, descriptors)
+        self._starts.start(order, packet, entry, descriptors)
 
     def _retire(self, order: dict[str, Any], _descriptors: list[int]) -> None:
         """Let another nursery take the place: keep who runs until they end, start nobody, then end."""

@@ -3,10 +3,13 @@
 It is PID 1 of a PID namespace of its own inside the nursery's, has closed everything of
 the nursery's but one end of a channel, knows nothing of any tenant, and ends when that
 end hangs up. It is the host's root as the nursery is, for it is to mount; what the tenant
-must not have it gives up in the same steps as every start (start.tenant_side).
+must not have it gives up in the same steps as every start (start.tenant_side). While it
+waits it has done what no tenant decides: it is closed to others, in a session and in IPC
+and UTS namespaces of its own. Its mount namespace it takes when there is an order, so
+that what the host has mounted meanwhile is in it.
 
 It is given the order as soon as that comes, to read while the nursery prepares the start,
-and then what was prepared, with the descriptors.
+and then the descriptors; it mounts while the nursery makes the groups.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ import sys
 
 from isochamber import paths
 from isochamber.errors import EXIT_OURS, IsochamberError
-from isochamber.launch import cgroup, channel, records, seccomp, start, syscalls
+from isochamber.launch import capabilities, cgroup, channel, records, seccomp, start, syscalls
+from isochamber.launch import entry as entry_module
 from isochamber.launch.entry import Entry
 from isochamber.launch.lean import signal
 from isochamber.serve import wire
@@ -27,8 +31,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-_LARGEST = 1 << 16  # bytes of a filter: 4096 instructions (seccomp(2)) are half of it
-_NAMESPACES = start.TENANT_NAMESPACES & ~syscalls.CLONE_NEWPID
+# All but the PID namespace, which it was forked into, and the mounts.
+_AHEAD = start.TENANT_NAMESPACES & ~(syscalls.CLONE_NEWPID | syscalls.CLONE_NEWNS)
 
 
 class Spare:
@@ -36,9 +40,10 @@ class Spare:
 
     __slots__ = ("end", "host_pid", "pid", "pidfd", "start_time")
 
-    def __init__(self) -> None:
-        """Fork it; raises IsochamberError."""
+    def __init__(self, namespaces: dict[str, int]) -> None:
+        """Fork it; ``namespaces`` are the host's (verify.namespaces). Raises IsochamberError."""
         self.end, theirs = channel.pair()
+        highest = capabilities.last()
         try:
             self.pid, self.pidfd = syscalls.clone3(syscalls.CLONE_NEWPID)
         except OSError as error:
@@ -48,7 +53,7 @@ class Spare:
                 error, stage="launch", hint="are namespaces enabled on this kernel?"
             ) from error
         if self.pid == 0:
-            _become(theirs)
+            _become(theirs, namespaces, highest)
         theirs.close()
         self.host_pid = records.pid_of(self.pidfd)
         self.start_time = records.start_time(self.host_pid)
@@ -58,16 +63,9 @@ class Spare:
         wire.send_packet(self.end, packet)
 
     def go(self, prepared: start.Prepared, ours: list[int]) -> None:
-        """Let it become the tenant, with ``ours`` as its descriptors 0, 1 and 2. Raises OSError."""
-        filters = prepared.filters
-        message = {
-            "v1": prepared.groups.v1, "v2": prepared.groups.v2, "highest": prepared.highest_capability,
-            "namespaces": prepared.host_namespaces, "notify": prepared.notify, "flags": filters.flags,
-            "filters": len(filters.programs), "learned": filters.learned is not None,
-        }  # fmt: skip
-        wire.send(self.end, message, (*ours, prepared.user, prepared.net))
-        for program in (*filters.programs, *([] if filters.learned is None else [filters.learned])):
-            self.end.send(program, _socket.MSG_NOSIGNAL)
+        """Let it make its mounts, with ``ours`` as its descriptors 0, 1 and 2. Raises OSError."""
+        told = {"notify": prepared.notify, "v1": prepared.groups.v1}
+        wire.send(self.end, told, (*ours, prepared.user, prepared.net))
 
     def discard(self) -> None:
         """End it."""
@@ -80,49 +78,53 @@ class Spare:
         self.end.close()
 
 
-def entry_of(order: dict[str, Any]) -> Entry:
-    """Return what an order wants to be started; raises IsochamberError."""
-    entry = Entry(order["entry"])
+def entry_of(order: dict[str, Any], text: bytes) -> Entry:
+    """Return what an order wants to be started, by the ``text`` of its entry; raises IsochamberError."""
+    entry = entry_module.parse(text)
     if order.get("argv"):
         entry.argv = order["argv"]
     entry.env.update(order.get("env") or {})
     return entry
 
 
-def _become(end: _socket.socket) -> None:
+def _become(end: _socket.socket, namespaces: dict[str, int], highest: int) -> None:
     """The waiting process itself. Never returns."""
     try:
         gc.disable()  # what it does takes milliseconds
         close_all_but(end.fileno())
         score(0)
+        start.close_to_others()
+        syscalls.unshare(_AHEAD)
         packet, _ = wire.receive_json(end)
-        if packet:
-            order = wire.parse(packet)
-            entry = entry_of(order)
-            prepared = _prepared(end, order, entry)
-            if prepared is not None:
-                syscalls.unshare(_NAMESPACES)  # only now: what the host has mounted meanwhile is in it
-                start.tenant_side(prepared, end)
+        prepared = _prepared(end, packet) if packet else None
+        if prepared is not None:
+            prepared.host_namespaces, prepared.highest_capability = namespaces, highest
+            start.tenant_side(prepared, end)
+    except IsochamberError as error:
+        channel.send_failure(end, "read the order", error)
     except BaseException:  # a bug of ours: in the log, and the end of the channel says that nothing was started
         sys.excepthook(*sys.exc_info())
     finally:
         os._exit(EXIT_OURS)
 
 
-def _prepared(end: _socket.socket, order: dict[str, Any], entry: Entry) -> start.Prepared | None:
-    """Hear what the nursery has prepared; None when it will not be needed."""
+def _prepared(end: _socket.socket, packet: bytes) -> start.Prepared | None:
+    """Do what the order alone decides, then hear what the nursery has prepared; None when it will not be needed."""
+    head, _, text = packet.partition(b"\n")
+    order = wire.parse(head)
+    entry = entry_of(order, text)
+    made = start.Prepared.__new__(start.Prepared)
+    made.root, made.entry = order["root"], entry
+    made.terminal, made.waits, made.spare, made.lock = bool(order.get("terminal")), order["kind"] == "warm", True, -1
+    if entry.disk is None:
+        syscalls.unshare(syscalls.CLONE_NEWNS)  # only now: what the host has mounted meanwhile is in it
+    made.filters = seccomp.Filters(made.root, entry.seccomp, listens=True)
     told, descriptors = wire.receive(end)
     if told is None:
         return None
-    filters = seccomp.Filters.__new__(seccomp.Filters)
-    filters.flags = told["flags"]
-    filters.programs = [end.recv(_LARGEST) for _ in range(told["filters"])]
-    filters.learned = end.recv(_LARGEST) if told["learned"] else None
-    made = start.Prepared.__new__(start.Prepared)
-    made.root, made.entry, made.filters = order["root"], entry, filters
-    made.terminal, made.waits, made.spare, made.lock = bool(order.get("terminal")), order["kind"] == "warm", True, -1
-    made.groups = cgroup.Groups(told["v1"], told["v2"])
-    made.highest_capability, made.host_namespaces = told["highest"], told["namespaces"]
+    if entry.disk is not None:
+        syscalls.unshare(syscalls.CLONE_NEWNS)  # only now: the nursery has mounted its disk image
+    made.groups = cgroup.Groups(told["v1"], None)
     made.notify = told["notify"]
     if made.notify is not None:
         entry.env["NOTIFY_SOCKET"] = paths.NOTIFY_INSIDE

@@ -38,7 +38,7 @@ class Starts:
             waited_for = any(held.setup is not None and held.kind != "warm" for held in self._nursery.held.values())
             if not waited_for:
                 try:
-                    self._spare = spare.Spare()
+                    self._spare = spare.Spare(self._namespaces)
                 except IsochamberError:
                     pass  # who wants to start something will be told
 
@@ -48,39 +48,44 @@ class Starts:
             self._spare.discard()
             self._spare = None
 
-    def start(self, order: dict[str, Any], packet: bytes, descriptors: list[int]) -> None:
-        """Start what ``order`` (``packet`` is its text) says. Raises IsochamberError, OSError."""
-        entry = spare.entry_of(order)
+    def start(self, order: dict[str, Any], packet: bytes, text: bytes, descriptors: list[int]) -> None:
+        """Start what ``order`` (the first line of ``packet``; ``text`` of an entry is the second) says.
+
+        Raises IsochamberError, OSError.
+        """
         kind = order["kind"]
         client = _socket.socket(fileno=descriptors.pop(0)) if kind == "run" else None
         try:
-            waiting = self._nursery.held.get(entry.tid)
+            waiting = self._nursery.held.get(order["tid"])
             if waiting is not None and waiting.kind == "warm" and waiting.status is None and kind != "warm":
                 usable = waiting.note == order.get("digest") and not order.get("terminal") and not order.get("env")
                 if usable and waiting.setup is not None:
                     self._hand_over(waiting, order, descriptors, client)
                     return
                 self.throw_away(waiting)
-            self._cold(entry, order, packet, descriptors, client)
+            self._cold(order, packet, text, descriptors, client)
         except IsochamberError as error:
-            error.tenant = entry.name
+            error.tenant = order["name"]
             if client is not None:
                 channel.send_failure(client, error.stage, error)
                 client.close()
             raise
 
     def _cold(
-        self, entry: Entry, order: dict[str, Any], packet: bytes, descriptors: list[int], client: _socket.socket | None
+        self, order: dict[str, Any], packet: bytes, text: bytes, descriptors: list[int], client: _socket.socket | None
     ) -> None:
-        kind = order["kind"]
-        held = Held(entry.tid, kind, entry.tid, entry.name)
+        kind, tid = order["kind"], order["tid"]
+        held = Held(tid, kind, tid, order["name"])
         held.note = order.get("digest") if kind == "warm" else order.get("note")
         held.client = client
-        process, self._spare = self._spare or spare.Spare(), None
+        process, self._spare = self._spare or spare.Spare(self._namespaces), None
         prepared = None
         ours: list[int] = []
         try:
             process.read(packet)  # it does while we go on
+            entry = spare.entry_of(order, text)
+            if (entry.tid, entry.name) != (tid, order["name"]):
+                raise IsochamberError("the order is of another tenant than its entry", stage="nursery")
             prepared = start.Prepared(
                 order["root"], entry, own_terminal=bool(order.get("terminal")), waits=kind == "warm",
                 spare=True, listens=True, trees=self._trees.trees, namespaces=self._namespaces,
@@ -90,10 +95,10 @@ class Starts:
             prepared.notify = held.notify.getsockname() if held.notify else None
             if kind != "warm":
                 ours, held.pipes = holding.stdio(kind, descriptors)
+            process.go(prepared, ours)  # it makes its mounts while we go on
             if kind == "service":
                 held.ring = Ring(order["logs"], entry.service.log_size, entry.service.log_count)  # type: ignore[union-attr] # only a plan has none
-            process.go(prepared, ours)
-            prepared.make_groups()  # while it makes its mounts
+            prepared.make_rest(enters=process.pid)
             held.setup, held.pid, held.pidfd = process.end, process.pid, process.pidfd
             held.host_pid, held.start_time = process.host_pid, process.start_time
             self._record(held, waits=prepared.waits)

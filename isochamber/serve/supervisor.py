@@ -146,6 +146,14 @@ class Supervisor:
         """Send an order to the nursery that it is for, and return its answer; raises IsochamberError."""
         return self.nurseries.ask(order, descriptors)
 
+    def ask_to_start(self, raw: Raw, order: Report, descriptors: tuple[int, ...] = ()) -> Any:
+        """Have the tenant of the entry ``raw`` started as ``order`` says; raises IsochamberError."""
+        head = {
+            "do": "start", "root": self.root, "tid": raw["tid"], "name": raw["name"], "digest": raw.get("digest"),
+            **order,
+        }  # fmt: skip
+        return self.nurseries.ask(head, descriptors, self.containers.text_of(raw))
+
     def tell(self, order: Report) -> None:
         """Send an order that needs no answer."""
         self.nurseries.tell(order)
@@ -288,12 +296,11 @@ class Supervisor:
             "health": service.get("health") is not None,
         }  # fmt: skip
         order = {
-            "do": "start", "kind": "service", "root": self.root, "entry": raw, "digest": raw.get("digest"),
-            "logs": log_directory(self.root, raw["tid"]), "terminal": terminal, "note": note,
+            "kind": "service", "logs": log_directory(self.root, raw["tid"]), "terminal": terminal, "note": note,
         }  # fmt: skip
         self.starting += 1
         try:
-            await self.ask(order)
+            await self.ask_to_start(raw, order)
             await self._until_running(one)
         finally:
             self.starting -= 1
@@ -318,11 +325,7 @@ class Supervisor:
         if one.restart_timer is not None:
             one.restart_timer.cancel()
             one.restart_timer = None
-        order = {
-            "do": "start", "kind": "run", "root": self.root, "entry": raw, "digest": raw.get("digest"), "note": {},
-            **more,
-        }  # fmt: skip
-        answer: Report = await self.ask(order, descriptors)
+        answer: Report = await self.ask_to_start(raw, {"kind": "run", "note": {}, **more}, descriptors)
         return answer
 
     async def stop(self, tenant: str, grace: float | None = None) -> bool:

@@ -45,15 +45,8 @@ class Warm:
                     await self._warm_up(one, raw)
 
     async def _warm_up(self, one: Unit, raw: Raw) -> None:
-        order = {
-            "do": "start",
-            "kind": "warm",
-            "root": self._supervisor.root,
-            "entry": raw,
-            "digest": raw.get("digest"),
-        }
         try:
-            await self._supervisor.ask(order)
+            await self._supervisor.ask_to_start(raw, {"kind": "warm"})
         except IsochamberError as error:
             if not one.runs:  # else somebody was faster, and started it
                 one.warm_failed = raw.get("digest")

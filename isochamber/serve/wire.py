@@ -1,6 +1,7 @@
 """JSON packets with descriptors over SOCK_SEQPACKET: between nursery and supervisor, and for attached clients.
 
-A packet is one JSON object. What is longer than a socket takes at once travels in a
+A packet is one JSON object, and an order to start something has a second line: the tenant's
+entry, which is passed on as it is. What is longer than a socket takes at once travels in a
 memfd, named by the key ``long``. Used by the lean half, so no import of json.
 """
 
@@ -16,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-VERSION = 1  # of what nursery and supervisor say to each other
+VERSION = 2  # of what nursery and supervisor say to each other
 MAXIMUM = 1 << 16  # bytes a packet
 MOST_DESCRIPTORS = 8
 _LONG = b'{"long":true}'
@@ -42,6 +43,12 @@ def dump(value: object) -> str:
 def send(end: _socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
     """Send one message; raises OSError (BlockingIOError where the end is non-blocking and full)."""
     send_packet(end, dump(message).encode(), descriptors)
+
+
+def with_entry(message: dict[str, Any], entry: bytes) -> bytes:
+    """Return a packet: ``message``, and the JSON of an entry as its second line if there is any."""
+    packet = dump(message).encode()
+    return packet + b"\n" + entry if entry else packet
 
 
 def send_packet(end: _socket.socket, packet: bytes, descriptors: tuple[int, ...] = ()) -> None:

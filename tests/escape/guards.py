@@ -16,7 +16,7 @@ RIGHTS = Guard(
     _NO_SETNS.format(kind="NEWUSER")
     + "start._take_ids = lambda *rest: None\ncapabilities.keep_only = lambda *rest: None\n",
 )
-FILTER = Guard("the system call filter", "seccomp.load = lambda *rest: None\n")
+FILTER = Guard("the system call filter", "seccomp.load = lambda *rest, **more: None\n")
 MASKS = Guard("masked and write-protected /proc and /sys", "masking.apply = lambda root: None\n")
 READ_ONLY_SYS = Guard(
     "/sys is mounted read-only",
@@ -44,7 +44,7 @@ NO_NEW_PRIVS = Guard(
     "no_new_privs",
     "real_prctl = syscalls.prctl\n"
     "syscalls.prctl = lambda option, *rest: None if option == 38 else real_prctl(option, *rest)\n"
-    "seccomp.load = lambda *rest: None\n",  # the kernel takes none without
+    "seccomp.load = lambda *rest, **more: None\n",  # the kernel takes none without
 )
 CLOSED = Guard("inherited descriptors are closed", "syscalls.close_range_on_exec = lambda first: None\n")
 ENVIRONMENT = Guard(

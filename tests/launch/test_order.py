@@ -10,8 +10,8 @@ SOURCE = PROJECT / "isochamber" / "launch" / "start.py"
 ARCHITECTURE = PROJECT / "docs" / "explanation" / "architecture.md"
 
 HOST_SIDE = [
-    "records.lock", "ipc.check", "pins.ensure", "join.ensure", "self.make_groups", "seccomp.Filters",
-    "capabilities.last", "verify.namespaces",
+    "records.lock", "ipc.check", "pins.ensure", "join.ensure", "self.make_rest", "capabilities.last",
+    "verify.namespaces",
 ]  # fmt: skip
 
 TENANT_SIDE = [
@@ -41,10 +41,12 @@ TENANT_SIDE = [
     "set no_new_privs",
     "confine by Landlock",
     "verify",
+    "reset the signals",
+    "load the common system call filters",
     "wait to be handed over",
     "close the inherited descriptors",
-    "reset the signals and the working directory",
-    "load the system call filters",
+    "set the working directory",
+    "load the learned system call filter",
     "execute",
 ]
 
@@ -67,21 +69,22 @@ def test_the_steps_of_the_tenants_side_are_in_the_architectures_order() -> None:
 
 def test_the_steps_of_the_hosts_side_are_in_order() -> None:
     assert [call for call in _calls(_function("__init__")) if call in HOST_SIDE] == HOST_SIDE
-    groups = ["cgroup.make", "limits.apply", "devicegroup.apply"]
-    assert [call for call in _calls(_function("make_groups")) if call in groups] == groups
+    rest = ["cgroup.make", "limits.apply", "devicegroup.apply", "cgroup.take", "seccomp.Filters"]
+    assert [call for call in _calls(_function("make_rest")) if call in rest] == rest
 
 
 def test_each_step_is_what_its_name_says() -> None:
     """The calls that decide, in the order they are made: a renamed step can't hide a moved call."""
     decisive = [
-        "syscalls.prctl", "os.setsid", "syscalls.setns", "ipc.clone", "mounts.make_private", "mounts.map_lowers",
+        "close_to_others", "syscalls.setns", "ipc.clone", "mounts.make_private", "mounts.map_lowers",
         "mounts.mount_overlay", "mounts.mount_kernel_views", "devices.make", "mounts.mount_tmpfs", "masking.apply",
         "_bind_home", "mounts.attach", "_bind_extras", "_make_terminal", "channel.await_groups", "cgroup.enter",
         "syscalls.unshare", "mounts.enter", "mounts.write_protect", "syscalls.sethostname", "rlimits.apply",
         "syscalls.setns", "_take_ids", "capabilities.keep_only", "syscalls.prctl", "landlock.apply", "verify.inside",
-        "handover.wait", "terminal.become_controlling", "syscalls.close_range_on_exec", "_reset_signals",
-        "seccomp.load", "_execute",
+        "_reset_signals", "seccomp.load", "handover.wait", "terminal.become_controlling",
+        "syscalls.close_range_on_exec", "seccomp.load", "execute.program",
     ]  # fmt: skip
+    assert _calls(_function("close_to_others")) == ["syscalls.prctl", "os.setsid", "os.umask"]
     made = [*_calls(_function("_become")), *_calls(_function("_become_tenant"))]
     assert [call for call in made if call in decisive] == decisive
 

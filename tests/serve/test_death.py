@@ -4,7 +4,9 @@ import contextlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from isochamber.launch import records
+from isochamber.serve import link, wire
+from tests.conftest import PROJECT
 from tests.launch.tenants import Tenant, wait_for_end
 from tests.serve.world import World, descriptors_of, eventually, gone, nursery_of
 
@@ -230,3 +234,31 @@ def test_a_former_nursery_that_is_killed_takes_only_its_own_tenants_along(world:
     world.event("start", always, begun)
     assert nursery_of(always) == nursery_of(other)
     assert world.row(other)["pid"] == pid
+
+
+def test_a_nursery_of_another_protocol_is_replaced_before_it_is_told_to_start_anybody(
+    world: World, add: Add, tmp_path: Path
+) -> None:
+    other = tmp_path / "isochamber"
+    shutil.copytree(PROJECT / "isochamber", other, ignore=shutil.ignore_patterns("__pycache__"))
+    protocol = (other / "serve" / "wire.py").read_text()
+    changed = protocol.replace(f"VERSION = {wire.VERSION} ", "VERSION = 1 ")
+    assert changed != protocol
+    (other / "serve" / "wire.py").write_text(changed)
+    subprocess.run([sys.executable, "-I", "-S", str(other / "serve" / "__main__.py"), "nursery"], check=True)
+    former = link.connect()
+    assert former is not None
+    with former:
+        pid = _pid_of_a_nursery(former)
+    tenant = add()
+    world.begin()
+    world.ask("start", tenant.name)
+    assert nursery_of(tenant) != pid
+    wait_for_end(pid)  # nobody is in it
+
+
+def _pid_of_a_nursery(end: socket.socket) -> int:
+    wire.send(end, {"do": "list", "id": 1})
+    answer, _ = wire.receive(end)
+    assert answer is not None
+    return int(answer["pid"])
