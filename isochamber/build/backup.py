@@ -19,7 +19,7 @@ import json
 import os
 import stat
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -134,7 +134,7 @@ def still(tid: str, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _frozen(group: str, name: str) -> Iterator[None]:
-    if Path(group, "cgroup.freeze").read_text().strip() == "1":
+    if _or_ended(lambda: cgroup.is_frozen(group), group, name):
         yield  # by the operator's Ctrl-Z: it is not ours to thaw
         return
     # Thawed by a child that waits for our end, however we end: nobody else would.
@@ -149,15 +149,25 @@ def _frozen(group: str, name: str) -> Iterator[None]:
             os._exit(0)
     os.close(alive)
     try:
-        cgroup.freeze(group, frozen=True)
-        if not cgroup.wait_until(group, b"frozen 1"):
+        if not _or_ended(lambda: _freeze(group), group, name):
             raise IsochamberError("can't be frozen", stage="backup", tenant=name, path=group, hint="stop it first")
         yield
-    except FileNotFoundError as error:
-        raise IsochamberError("ended meanwhile", stage="backup", tenant=name, path=group, hint="try again") from error
     finally:
         os.close(held)
         os.waitpid(watcher, 0)
+
+
+def _freeze(group: str) -> bool:
+    cgroup.freeze(group, frozen=True)
+    return cgroup.wait_until(group, b"frozen 1")
+
+
+def _or_ended(look: Callable[[], bool], group: str, name: str) -> bool:
+    """Return what ``look`` returns; raises IsochamberError when the tenant, and its group, are gone."""
+    try:
+        return look()
+    except FileNotFoundError as error:
+        raise IsochamberError("ended meanwhile", stage="backup", tenant=name, path=group, hint="try again") from error
 
 
 # Copying what a tenant made.

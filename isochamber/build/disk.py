@@ -139,17 +139,17 @@ def repair(state: State, tenant: str, tid: str) -> None:
 
 def mend(state: State, tid: str, *, thorough: bool = False) -> None:
     """Let e2fsck(8) mend the image: what is safe, or with ``thorough`` whatever it takes. Raises IsochamberError."""
-    path = image(state, tid)
+    path, name = image(state, tid), state.name_of(tid) or tid
     hint = f"isochamber fsck --repair, or delete the tenant and restore a backup: e2fsck -f -y {path} says what it has"
     lock = disk.lock_image(str(path))  # a start would mount it meanwhile
     try:
         disk.detach(str(state.root), tid)
-        _require_unmounted(tid, path)
+        _require_unmounted(name, path)
         found = superblock(path)
         with path.open("r+b") as file:
             if found.size > os.fstat(file.fileno()).st_size and thorough:
                 file.truncate(found.size)  # what was there is lost
-        _run(tid, ["e2fsck", "-f", "-y" if thorough else "-p", str(path)], fine=(0, 1), hint=hint)  # 1: corrected
+        _run(name, ["e2fsck", "-f", "-y" if thorough else "-p", str(path)], fine=(0, 1), hint=hint)  # 1: corrected
         durable.sync_file(path)
     finally:
         os.close(lock)

@@ -5,7 +5,6 @@ may run beside builds and running tenants: what is being made is locked, and wha
 wrong about a tenant is looked at again in its lock.
 """
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -79,7 +78,7 @@ def _repair(state: State, finding: Finding) -> None:
 
 def _repair_tenant(state: State, finding: Finding) -> None:
     found = registry.read(state, salvage=True).get(finding.name)
-    name = str(found["name"]) if found else _name_of(state, finding.name)
+    name = str(found["name"]) if found else state.name_of(finding.name)
     if finding.repair == diskcheck.MEND:
         with locks.product_lock(state, f"tenant-{finding.name}", lambda _line: None):
             disk.repair(state, name or finding.name, finding.name)
@@ -141,14 +140,22 @@ def _containers(state: State) -> Iterator[Finding]:
 
 def _tenants(state: State) -> Iterator[Finding]:
     for tid in registry.read(state, salvage=True):
-        if next(_of_tenant(state, tid), None) is not None:
+        if not _seems_whole(state, tid):
             with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
                 yield from _of_tenant(state, tid, locked=True)
     for path in (state.root / paths.TENANTS_PERSIST).iterdir():
         if len(path.name) != 32 or path.name in registry.read(state, salvage=True):
             continue
-        if _name_of(state, path.name) is None and path.is_dir():
+        if state.name_of(path.name) is None and path.is_dir():
             yield Finding("tenant", path.name, "has no name", "delete it by its tid", repairable=False)
+
+
+def _seems_whole(state: State, tid: str) -> bool:
+    """Look without the tenant's lock; what is removed meanwhile does not."""
+    try:
+        return next(_of_tenant(state, tid), None) is None
+    except FileNotFoundError:
+        return False
 
 
 def _of_tenant(state: State, tid: str, *, locked: bool = False) -> Iterator[Finding]:
@@ -192,19 +199,13 @@ def _of_parts(state: State, tid: str, found: registry.Entry) -> Iterator[Finding
     pinned = pins.problem(tid, int(found["uid_base"]), int(found["uid_count"]))
     if pinned is not None and not records.held(tid):
         yield Finding("tenant", tid, f"{name}: {pinned}", _UNPIN)
-    if _name_of(state, tid) != name:
+    if state.name_of(tid) != name:
         yield Finding("tenant", tid, f"{name}: tenants_persist/{tid}/{identity.NAME} is lost", "written anew")
 
 
 def _directories(found: Mapping[str, Any]) -> Iterator[str]:
     for key in ("upper", "workdir", "overlay", "home"):
         yield str(found[key])
-
-
-def _name_of(state: State, tid: str) -> str | None:
-    with contextlib.suppress(OSError, ValueError):
-        return (state.tenant_persist(tid) / identity.NAME).read_text().strip() or None
-    return None
 
 
 def _products(state: State, *, deep: bool) -> Iterator[Finding]:

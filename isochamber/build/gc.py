@@ -8,7 +8,7 @@ from pathlib import Path
 
 from isochamber import paths
 from isochamber.build import disk as limited
-from isochamber.build import durable, entry, identity, locks, registry, sandbox, space, tree
+from isochamber.build import durable, entry, locks, registry, sandbox, space, tree
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -170,7 +170,7 @@ def _prune_former(state: State) -> Iterator[Removed]:
             size = tree.size_of(state.root / former["upper"])
             durable.remove_file(entry.former_file(state, tid))
             entry.make_slot(state, tid, entry.slot_of(former), former["uid_base"])
-        yield "former version of", _name_of(state, tid), size
+        yield "former version of", state.name_of(tid) or tid, size
     yield from _prune_products(state)
 
 
@@ -183,10 +183,10 @@ def _prune_orphans(state: State, spec: Spec) -> Iterator[Removed]:
         if _TID.fullmatch(path.name)
     }
     for tid in sorted((found | set(registry.read(state, salvage=True))) - wanted):
-        if records.held(tid) or (state.root / paths.NEW_TENANTS / _name_of(state, tid)).is_dir():
+        if records.held(tid) or (state.root / paths.NEW_TENANTS / (state.name_of(tid) or tid)).is_dir():
             continue  # the second was dropped after the spec was read
         size = tree.size_of(state.tenant_fs(tid)) + tree.size_of(state.tenant_persist(tid))
-        name = _name_of(state, tid)
+        name = state.name_of(tid) or tid
         _remove_tenant(state, tid, name)
         yield "tenant", name, size
 
@@ -206,13 +206,6 @@ def _remove_stages(state: State, directory: Path) -> Iterator[Removed]:
         size = tree.size_of(directory / name)
         durable.remove_tree(directory / name, state.staging)
         yield "remains", state.relative(directory / name), size
-
-
-def _name_of(state: State, tid: str) -> str:
-    try:
-        return (state.tenant_persist(tid) / identity.NAME).read_text().strip()
-    except OSError:
-        return tid
 
 
 def _prune_products(state: State) -> Iterator[Removed]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from isochamber import paths
 from isochamber.build import disk, durable, home, locks, registry
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -23,7 +24,7 @@ UPPER, WORKDIR, OVERLAY, LOWERS = "upper", "workdir", "overlay", "lowers"
 FORMER = "former.json"  # the entries before and after the last change of lowers
 # Two slots: an upper over new lowers is made in the one that is not used, and the entry then names it.
 SLOTS = ("", ".b")
-HOME, NAME = "home", "name"
+HOME, NAME = "home", paths.NAME
 
 
 @dataclass(frozen=True, slots=True)

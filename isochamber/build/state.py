@@ -1,5 +1,6 @@
 """The state directory as the compile-time half sees it: its own identity, and paths."""
 
+import contextlib
 import os
 import uuid
 from dataclasses import dataclass
@@ -142,6 +143,12 @@ class State:
         if (part, name) not in known:
             known[part, name] = self.root / part / name
         return known[part, name]
+
+    def name_of(self, tid: str) -> str | None:
+        """Return the name that a tid was made from, None when nothing says it: a tid can't be turned back."""
+        with contextlib.suppress(OSError, ValueError):
+            return (self.tenant_persist(tid) / paths.NAME).read_text().strip() or None
+        return None
 
     def filter(self, digest: str) -> Path:
         """Return where the compiled system call filter ``digest`` lies."""

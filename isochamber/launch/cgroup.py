@@ -186,12 +186,24 @@ def write(group: str, file: str, *texts: str) -> None:
         for text in texts:
             os.write(descriptor, text.encode())
     except OSError as error:
-        # ENODEV: the group was removed after its file was found; for the caller it is gone as if it had been before.
-        number = errno.ENOENT if error.errno == errno.ENODEV else error.errno
-        raise OSError(number, os.strerror(number or 0), path) from error
+        raise _of_group(error, path) from error
     finally:
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def _of_group(error: OSError, path: str) -> OSError:
+    """Return the error with its path; ENODEV is that of a group removed while its file was open: it is gone."""
+    number = errno.ENOENT if error.errno == errno.ENODEV else error.errno or 0
+    return OSError(number, os.strerror(number), path)
+
+
+def is_frozen(group: str) -> bool:
+    """Say whether somebody has stopped the v2 ``group``; raises FileNotFoundError when it is gone."""
+    try:
+        return _read(group, "cgroup.freeze").strip() == "1"
+    except OSError as error:
+        raise _of_group(error, f"{group}/cgroup.freeze") from error
 
 
 def freeze(group: str, *, frozen: bool) -> None:
@@ -298,7 +310,8 @@ def _wait_until_empty(group: str) -> None:
 
 def wait_until(group: str, words: bytes) -> bool:
     """Return True when cgroup.events says ``words`` ("frozen 1"), False after a while. Raises OSError."""
-    events = os.open(f"{group}/cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+    path = f"{group}/cgroup.events"
+    events = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         poller = select.poll()
         poller.register(events, select.POLLPRI)
@@ -306,5 +319,7 @@ def wait_until(group: str, words: bytes) -> bool:
             if not poller.poll(_PATIENCE):
                 return False
         return True
+    except OSError as error:
+        raise _of_group(error, path) from error
     finally:
         os.close(events)

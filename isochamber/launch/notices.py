@@ -25,7 +25,7 @@ _SYNC_WAKE_UP = 1  # the answer wakes the caller on our own processor: Linux 6.6
 _NOTICE, _ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct("=QqiI")
 _CONTINUE = 1
 _LOW_32_BITS = 0xFFFFFFFF
-_MOST_USES = 20_000  # different ones that a run may note: a large program makes a few hundred
+_MOST_USES = 2000  # different ones that a run may note: a large program makes a few hundred
 _AT_ONCE = 1000  # notifications before signals and the terminal have their turn
 
 

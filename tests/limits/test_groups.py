@@ -12,6 +12,7 @@ import pytest
 
 from isochamber import paths
 from isochamber.launch import cgroup, limits
+from tests.build.products import eventually
 from tests.launch import tenants
 from tests.launch.tenants import Tenant
 from tests.limits import groups
@@ -104,6 +105,13 @@ def test_a_quota_of_processor_time_throttles(tenant: Tenant) -> None:
         assert groups.stat(tenant, "cpu", "cpu.stat")["nr_throttled"] > 0
 
 
+def _runs(pid: int, program: bytes) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(program)
+    except (FileNotFoundError, ProcessLookupError):
+        return False  # it has just ended
+
+
 @pytest.mark.guest
 def test_what_a_tenant_starts_stays_in_its_groups_whatever_it_does(tenant: Tenant) -> None:
     groups.require("pids", "memory")
@@ -112,9 +120,9 @@ def test_what_a_tenant_starts_stays_in_its_groups_whatever_it_does(tenant: Tenan
     with tenant.started(f"echo ready; {daemon} cat /proc/self/cgroup | grep -v ':/$' | wc -l; read go") as started:
         assert started.line() == "0", "no control group file system is there to write to"
         assert started.line() == "0", "its own group is the root of what it sees"
-        (lodger,) = [
-            pid for pid in tenant.processes() if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"sleep")
-        ]
+        # Its shell does not wait for it to become what it is to be.
+        assert eventually(lambda: any(_runs(pid, b"sleep") for pid in tenant.processes()))
+        (lodger,) = [pid for pid in tenant.processes() if _runs(pid, b"sleep")]
         for controller in ("memory", "pids"):
             assert {started.record.pid, lodger} <= groups.members(tenant, controller)
     assert tenant.processes() == []

@@ -20,7 +20,11 @@ from tests.tasks.world import World, write_package
 MIB = 1 << 20
 # Says how many MiB fit into each.
 _SIZE = "echo $(($(stat -c %s $d/fill) >> 20))"
-FILL = f"for d in /home /var; do dd if=/dev/zero of=$d/fill bs=1M count=40 2>/dev/null; {_SIZE}; done"
+# Both files first: on xfs a new one needs blocks, and there may be none left for the second.
+FILL = (
+    ": >/home/fill; : >/var/fill; "
+    f"for d in /home /var; do dd if=/dev/zero of=$d/fill bs=1M count=40 2>/dev/null; {_SIZE}; done"
+)
 # What a tenant would do to get out of its project: ioctl_xfs_fssetxattr(2) with project 0, on a file of its own.
 LEAVE = (
     'perl -e \'open(F, ">>", $ARGV[0]); my $a = "\\0" x 28; ioctl(F, 0x801c581f, $a); '

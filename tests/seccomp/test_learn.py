@@ -111,6 +111,26 @@ def test_work_that_hands_many_calls_over_is_not_disturbed(five: Programs) -> Non
     assert len(known.calls["clone"]) >= 2, "a thread and a fork"
 
 
+def test_a_program_that_makes_up_uses_without_end_is_refused_more_of_them(five: Programs) -> None:
+    """What a run notes is kept in the launcher's memory and on the host's disk, and compiled into a filter."""
+    script = (
+        "import errno, fcntl, sys\n"
+        "refused = set()\n"
+        "for number in range(int(sys.argv[1])):\n"
+        "    try: fcntl.ioctl(0, 0x70000000 + number)\n"
+        "    except OSError as error: error.errno == errno.EPERM and refused.add(number)\n"
+        "print(min(refused, default=0) > 1900, refused >= set(range(2000, 4000)))\n"
+    )
+    five.settings("busybox")
+    (five.persist("busybox") / learned.FILE).unlink(missing_ok=True)
+    done = five.world.cli("learn", "busybox", "--", "/usr/bin/python3", "-c", script, "4000")
+    assert done.stdout.startswith("True True\nbusybox: 2000 uses of"), done
+    five.settings("busybox", "errno")
+    done = five.world.cli("run", "busybox", "/usr/bin/python3", "-c", script, "10")
+    assert (done.returncode, done.stdout) == (0, "False False\n"), done
+    (five.persist("busybox") / learned.FILE).unlink()
+
+
 def test_a_second_run_adds_and_says_what_is_new_and_its_exit_status_comes_out(five: Programs) -> None:
     five.settings("python")
     _learn(five, "python")
