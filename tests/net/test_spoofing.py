@@ -46,10 +46,21 @@ def _checksum(data: bytes) -> int:
     return int(~total & 0xFFFF)
 
 
+def _ipv4(source: object, to: object, following: int, payload: bytes) -> bytes:
+    length = 20 + len(payload)
+    head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, length, 1, 0, 64, following, 0, _packed(source), _packed(to))
+    return head[:10] + struct.pack(">H", _checksum(head)) + head[12:] + payload
+
+
 def _udp4(source: object, to: object) -> bytes:
-    udp = struct.pack(">4H", 5555, w.PORT, 8 + len(TOKEN), 0) + TOKEN
-    head = struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(udp), 1, 0, 64, 17, 0, _packed(source), _packed(to))
-    return head[:10] + struct.pack(">H", _checksum(head)) + head[12:] + udp
+    return _ipv4(source, to, 17, struct.pack(">4H", 5555, w.PORT, 8 + len(TOKEN), 0) + TOKEN)
+
+
+def _redirect4(to: str, me: Member, target: object, it: Member) -> bytes:
+    """ICMP of type 5 (RFC 792): what ``target`` sends to the victim should go by me."""
+    message = struct.pack(">BBH4s", 5, 1, 0, _packed(me.ipv4)) + _ipv4(target, it.ipv4, 17, bytes(8)) + TOKEN
+    message = message[:2] + struct.pack(">H", _checksum(message)) + message[4:]
+    return _ethernet(to, me.mac, 0x0800, _ipv4(me.ipv4, target, 1, message))
 
 
 def _packed(address: object) -> bytes:
@@ -130,6 +141,7 @@ FORGERIES: dict[str, Forgery] = {
     "ND: I am the victim": lambda site, me, it: _answer(site.mac, me, it.ipv6, site.gateway6.ip),
     "a router advertisement": lambda _, me, __: _advertisement(me),
     "a redirect": _redirect,
+    "a redirect by IPv4": lambda _, me, it: _redirect4(it.mac, me, it.ipv4, it),
 }
 
 
@@ -171,6 +183,22 @@ def test_an_honest_frame_passes(two: World) -> None:
     site, me = w.site_of(two), two.member("attacker")
     frame = _ethernet(site.door, me.mac, 0x0800, _udp4(me.ipv4, w.OUTSIDE4))
     assert _seen(two, me, two.member("victim"), frame, w.DEADLINE)
+
+
+def test_the_host_hears_no_redirect_of_a_tenant(two: World) -> None:
+    """The frame is an honest one, and goes over the bridge; the host's rules end it before ICMP looks at it."""
+    site, me = w.site_of(two), two.member("attacker")
+    frame = _redirect4(site.door, me, site.gateway4.ip, two.member("victim"))
+    before = _redirects()
+    assert _seen(two, me, two.member("victim"), frame, w.DEADLINE)
+    assert _redirects() == before
+
+
+def _redirects() -> int:
+    """Return how many ICMP redirects this network namespace has heard (proc_pid_net(5), snmp)."""
+    with open("/proc/thread-self/net/snmp") as file:
+        names, values = (line.split() for line in file if line.startswith("Icmp: "))
+    return int(values[names.index("InRedirects")])
 
 
 @pytest.mark.parametrize("attempt", ["AF_PACKET", "raw IPv4", "raw IPv6", "IP_TRANSPARENT", "netlink"])
@@ -238,3 +266,11 @@ def unguarded(outer: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             plain = ["isolated", "off", "learning", "on", "flood", "on", "mcast_flood", "on", "bcast_flood", "on"]
             w.ip("link", "set", made.member(name).port, "type", "bridge_slave", *plain)
         yield made
+
+
+def test_the_host_would_hear_a_redirect_without_its_rules(unguarded: World) -> None:
+    site, me = w.site_of(unguarded), unguarded.member("attacker")
+    w.nft("delete", "table", "inet", site.table)
+    before = _redirects()
+    assert _seen(unguarded, me, unguarded.member("victim"), _redirect4(site.mac, me, site.gateway4.ip, me), w.DEADLINE)
+    assert _redirects() > before
