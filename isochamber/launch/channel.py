@@ -31,8 +31,13 @@ def _send(end: _socket.socket, packet: bytes, descriptor: int | None = None) -> 
 
 def send_failure(end: _socket.socket, step: str, error: IsochamberError, word: bytes = Word.FAILED) -> None:
     """Say which step failed, and how; with Word.LEFT, what could not be cleaned up."""
+    _send(end, failure_packet(step, error, word))
+
+
+def failure_packet(step: str, error: IsochamberError, word: bytes = Word.FAILED) -> bytes:
+    """Return what :func:`send_failure` sends."""
     failure = Failure(step, error.path, error.errno, error.what, error.hint, error.exit_code)
-    _send(end, messages.encode_failure(word, failure))
+    return messages.encode_failure(word, failure)
 
 
 def failure_of(packet: bytes, tenant: str | None) -> IsochamberError:
@@ -75,24 +80,33 @@ def await_groups(end: _socket.socket) -> None:
         raise IsochamberError("nobody wants it any more", stage="launch")
 
 
-def send_said(end: _socket.socket, line: str) -> None:
-    """Give a launcher a line for its operator; one that does not listen misses it."""
-    try:
-        packet = Word.SAID + line.encode("utf-8", "backslashreplace")
-        end.send(packet[: messages.MAXIMUM], _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
-    except OSError:
-        pass
-
-
 def send_ended(end: _socket.socket, status: int) -> None:
     """Say that the tenant ended with the wait status ``status`` (wait(2))."""
     _send(end, Word.ENDED + str(status).encode())
 
 
-def receive(end: _socket.socket) -> tuple[bytes | None, bytes, int | None]:
-    """Return the next packet's word, the packet, and the descriptor that came with it; None at the end."""
-    packet, extra, _, _ = end.recvmsg(messages.MAXIMUM, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC)
-    if not packet:
-        return None, b"", None
-    descriptor = struct.unpack("=i", extra[0][2][:4])[0] if extra else None
-    return packet[:1], packet, descriptor
+def receive(end: _socket.socket, flags: int = 0) -> tuple[bytes | None, bytes, int | None]:
+    """Return the next packet's word, the packet, and the descriptor that came with it; None at the end.
+
+    Raises OSError; BlockingIOError with MSG_DONTWAIT among ``flags`` when there is none yet.
+    """
+    try:
+        packet, extra = _receive(end, flags)
+    except ConnectionResetError:
+        # The peer left something of ours unread. That is said once, and before what it had said itself.
+        packet, extra = _receive(end, flags)
+    descriptor = None
+    for level, kind, data in extra:  # a peer may have asked for its credentials to be passed: these are no descriptor
+        if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
+            (descriptor,) = struct.unpack("=i", data)
+    if packet:
+        return packet[:1], packet, descriptor
+    if descriptor is not None:
+        os.close(descriptor)
+    return None, b"", None
+
+
+def _receive(end: _socket.socket, flags: int) -> tuple[bytes, list[tuple[int, int, bytes]]]:
+    # CMSG_LEN, not CMSG_SPACE: its padding has room for a second descriptor, which the kernel would then give us.
+    packet, extra, _, _ = end.recvmsg(messages.MAXIMUM, _socket.CMSG_LEN(4), _socket.MSG_CMSG_CLOEXEC | flags)
+    return packet, extra

@@ -19,13 +19,22 @@ if TYPE_CHECKING:
     from isochamber.launch.entry import Entry
 
 
-def send(end: _socket.socket, argv: list[str], descriptors: list[int]) -> None:
-    """Let the tenant behind ``end`` go on: with ``argv`` in place of its own if any, and its descriptors 0, 1, 2."""
+def send(end: _socket.socket, argv: list[str], descriptors: list[int]) -> bool:
+    """Let the tenant behind ``end`` go on: with ``argv`` in place of its own if any, and its descriptors 0, 1, 2.
+
+    False when it is dead, or the words are too long for one packet.
+    """
     extra = []
     if descriptors:
         extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
     packet = Word.GO + "\0".join(argv).encode("utf-8", "surrogateescape")
-    end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL)
+    if len(packet) > messages.MAXIMUM:
+        return False
+    try:
+        end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
+    except OSError:
+        return False
+    return True
 
 
 def wait(entry: Entry, end: _socket.socket) -> None:

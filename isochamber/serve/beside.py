@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _socket
 import gc
 import os
 
@@ -12,6 +11,7 @@ from isochamber.launch.entry import Entry
 from isochamber.serve import held as holding
 from isochamber.serve import spare
 from isochamber.serve.held import Held
+from isochamber.serve.launcher import Launcher, refuse
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,16 +30,16 @@ class Beside:
 
     def start(self, order: dict[str, Any], descriptors: list[int]) -> None:
         """Run what ``order`` says beside its tenant. Raises IsochamberError, OSError."""
-        client = _socket.socket(fileno=descriptors.pop(0)) if descriptors else None
+        client = Launcher(descriptors.pop(0)) if descriptors else None
         try:
             self._exec_in(order, descriptors, client)
+        except OSError as error:
+            raise refuse(client, IsochamberError.from_os(error, stage="exec", tenant=order.get("name"))) from error
         except IsochamberError as error:
-            if client is not None:
-                channel.send_failure(client, error.stage, error)
-                client.close()
+            refuse(client, error)
             raise
 
-    def _exec_in(self, order: dict[str, Any], descriptors: list[int], client: _socket.socket | None) -> None:
+    def _exec_in(self, order: dict[str, Any], descriptors: list[int], client: Launcher | None) -> None:
         tenant = self._nursery.held.get(order["tid"])
         if tenant is None or tenant.prepared is None or tenant.status is not None or not tenant.running:
             raise IsochamberError("does not run", stage="exec", tenant=order.get("name"), hint="isochamber start it")
@@ -77,7 +77,7 @@ class Beside:
         self._nursery.tending.watch_all(held)
         self._nursery.report({"on": "started", "id": order.get("id"), **held.describe()})
         if client is not None:
-            channel.send_started(client, pidfd)
+            client.started(pidfd)
 
 
 def _beside(tenant: Held, order: dict[str, Any]) -> start.Prepared:

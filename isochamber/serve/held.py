@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from isochamber.launch.start import Prepared
+    from isochamber.serve.launcher import Launcher
     from isochamber.serve.refusing import Refusing
     from isochamber.serve.ring import Ring
 
@@ -45,7 +46,7 @@ class Held:
         self.running = False  # its program runs: the exec has been done
         self.ready = False
         self.setup: _socket.socket | None = None  # to the tenant's side, until its exec
-        self.client: _socket.socket | None = None  # the launcher of a "run" or "exec": its channel
+        self.client: Launcher | None = None  # of a "run" or "exec"
         self.pipes: dict[int, int] = {}  # descriptor that is read -> 1 or 2
         self.master: int | None = None  # its terminal, where nobody but us holds it
         self.ring: Ring | None = None

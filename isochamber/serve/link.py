@@ -67,6 +67,10 @@ def find_or_start() -> tuple[socket.socket, bool]:
     return end, True
 
 
+class HungUpError(IsochamberError):
+    """The nursery has hung up before it answered: nobody knows what became of the order."""
+
+
 class Link:
     """One connection; ``on_report`` gets what no order waits for, ``on_end`` is called when the nursery dies."""
 
@@ -141,7 +145,7 @@ class Link:
             self._end.close()
         for answer in self._answers.values():
             if not answer.done():
-                answer.set_exception(IsochamberError("the nursery has ended, and all tenants with it", stage="serve"))
+                answer.set_exception(HungUpError("the nursery has hung up", stage="serve"))
         self._answers.clear()
         for _, descriptors in self._queue:
             wire.close_all(list(descriptors))

@@ -23,7 +23,9 @@ from isochamber.launch.lean import signal
 from isochamber.serve import rebind, spare, wire
 from isochamber.serve.beside import Beside
 from isochamber.serve.held import Held
+from isochamber.serve.launcher import channel_of
 from isochamber.serve.loop import Loop
+from isochamber.serve.reports import Reports
 from isochamber.serve.starts import Starts
 from isochamber.serve.tending import Tending, told_of
 
@@ -39,13 +41,13 @@ class Nursery:
     """What is held, and the orders of the supervisor."""
 
     def __init__(self, listener: _socket.socket) -> None:
-        self.loop = Loop()
+        self.loop = Loop(self._bug)
         self.held: dict[str, Held] = {}
         self.own_pid = int(os.readlink("/proc/self"))  # as the host counts
         self.tending = Tending(self)
         self._starts, self._beside = Starts(self), Beside(self)
         self._listener = listener
-        self._supervisor: _socket.socket | None = None
+        self._supervisor: Reports | None = None
         self._retired = False
         self._orders: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
             "exec": self._beside.start, "signal": self._signal, "freeze": self._freeze, "attach": self._attach,
@@ -72,32 +74,39 @@ class Nursery:
             self.loop.over = True
 
     def _accept(self, _happened: int) -> None:
-        descriptor, _ = self._listener._accept()  # type: ignore[attr-defined] # what socket.accept is made of
-        if self._supervisor is not None:
-            self._hang_up()  # the new one knows that the former is dead: it holds the supervisors' lock
-        self._supervisor = _socket.socket(fileno=descriptor)
-        self.loop.watch(descriptor, self._hear)
+        try:
+            descriptor, _ = self._listener._accept()  # type: ignore[attr-defined] # what socket.accept is made of
+        except OSError:
+            return  # it has given up, or no descriptor is left: it tries again
+        self._hang_up()  # the new one knows that the former is dead: it holds the supervisors' lock
+        self._supervisor = Reports(self.loop, descriptor, self._hear)
 
     def _hang_up(self) -> None:
         if self._supervisor is not None:
-            self.loop.unwatch(self._supervisor.fileno())
             self._supervisor.close()
             self._supervisor = None
 
-    def report(self, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:
+    def _bug(self, held: Held | None, error: Exception) -> None:
+        """Give up the tenant that something went wrong for; the others go on."""
+        if held is not None:
+            self.tending.give_up(held, error)
+        else:
+            self._hang_up()  # it asks for everything anew
+
+    def report(self, message: dict[str, Any]) -> None:
         """Tell the supervisor, if there is one."""
         if self._supervisor is None:
             return
         try:
-            wire.send(self._supervisor, message, descriptors)
+            self._supervisor.send(message)
         except OSError:
-            self._hang_up()  # dead, or stopped for so long that its queue is full: it asks for everything anew
+            self._hang_up()  # dead, or stopped for long: it asks for everything anew
 
-    def _hear(self, _happened: int) -> None:
+    def _hear(self) -> None:
         if self._supervisor is None:
             return
         try:
-            packet, descriptors = wire.receive_json(self._supervisor)
+            packet, descriptors = wire.receive_json(self._supervisor.end)
             head, _, entry = packet.partition(b"\n")
             order = wire.parse(head) if packet else None
         except (OSError, ValueError):
@@ -113,7 +122,7 @@ class Nursery:
                 self._orders[order["do"]](order, descriptors)
         except IsochamberError as error:
             self.report({"on": "refused", "id": order.get("id"), "error": told_of(error)})
-        except (OSError, KeyError, ValueError, TypeError) as error:
+        except Exception as error:  # one order that is wrong is refused, whatever it is
             wrapped = IsochamberError(f"{type(error).__name__}: {error}", stage="nursery")
             self.report({"on": "refused", "id": order.get("id"), "error": told_of(wrapped)})
         finally:
@@ -152,7 +161,7 @@ class Nursery:
 
     def _attach(self, order: dict[str, Any], descriptors: list[int]) -> None:
         held = self._find(order)
-        end = _socket.socket(fileno=descriptors.pop(0))
+        end = channel_of(descriptors.pop(0))
         held.attached.append(end)
         self.loop.watch(end.fileno(), lambda _happened: self.tending.hear_attached(held, end), held)
         self.report({"on": "done", "id": order.get("id"), "terminal": held.master is not None})
@@ -190,7 +199,7 @@ class Nursery:
                 held.kill(signal.SIGKILL)
         for held in sorted(self.held.values(), key=lambda held: held.kind != "exec"):
             if held.status is None:
-                self.tending.ended(held)
+                self.tending.wait_for_end(held)
         self.loop.over = True
 
 

@@ -101,7 +101,7 @@ class Refusing:
         if self._held.ring is not None:
             self._held.ring.write(b"stderr", f"isochamber: {line}\n".encode("utf-8", "backslashreplace"))
         if caller.client is not None:
-            channel.send_said(caller.client, line)
+            caller.client.said(line)
         self._report(line)
 
     def _report(self, line: str) -> None:

@@ -41,7 +41,7 @@ class Spare:
     __slots__ = ("end", "host_pid", "pid", "pidfd", "start_time")
 
     def __init__(self, namespaces: dict[str, int]) -> None:
-        """Fork it; ``namespaces`` are the host's (verify.namespaces). Raises IsochamberError."""
+        """Fork it; ``namespaces`` are the host's (verify.namespaces). Raises IsochamberError, OSError."""
         self.end, theirs = channel.pair()
         highest = capabilities.last()
         try:
@@ -55,8 +55,12 @@ class Spare:
         if self.pid == 0:
             _become(theirs, namespaces, highest)
         theirs.close()
-        self.host_pid = records.pid_of(self.pidfd)
-        self.start_time = records.start_time(self.host_pid)
+        try:
+            self.host_pid = records.pid_of(self.pidfd)
+            self.start_time = records.start_time(self.host_pid)
+        except OSError:
+            self.discard()  # no descriptor is left to ask with: it would stay for ever
+            raise
 
     def read(self, packet: bytes) -> None:
         """Let it read the order. Raises OSError."""

@@ -14,6 +14,7 @@ from isochamber.launch.lean import signal
 from isochamber.serve import held as holding
 from isochamber.serve import spare
 from isochamber.serve.held import Held
+from isochamber.serve.launcher import Launcher, refuse
 from isochamber.serve.ring import Ring
 
 TYPE_CHECKING = False
@@ -39,7 +40,7 @@ class Starts:
             if not waited_for:
                 try:
                     self._spare = spare.Spare(self._namespaces)
-                except IsochamberError:
+                except (IsochamberError, OSError):
                     pass  # who wants to start something will be told
 
     def let_go_of_the_spare(self) -> None:
@@ -54,25 +55,24 @@ class Starts:
         Raises IsochamberError, OSError.
         """
         kind = order["kind"]
-        client = _socket.socket(fileno=descriptors.pop(0)) if kind == "run" else None
+        client = Launcher(descriptors.pop(0)) if kind == "run" else None
         try:
             waiting = self._nursery.held.get(order["tid"])
             if waiting is not None and waiting.kind == "warm" and waiting.status is None and kind != "warm":
                 usable = waiting.note == order.get("digest") and not order.get("terminal") and not order.get("env")
-                if usable and waiting.setup is not None:
-                    self._hand_over(waiting, order, descriptors, client)
+                if usable and self._hand_over(waiting, order, descriptors, client):
                     return
                 self.throw_away(waiting)
             self._cold(order, packet, text, descriptors, client)
+        except OSError as error:
+            raise refuse(client, IsochamberError.from_os(error, stage="nursery", tenant=order["name"])) from error
         except IsochamberError as error:
             error.tenant = order["name"]
-            if client is not None:
-                channel.send_failure(client, error.stage, error)
-                client.close()
+            refuse(client, error)
             raise
 
     def _cold(
-        self, order: dict[str, Any], packet: bytes, text: bytes, descriptors: list[int], client: _socket.socket | None
+        self, order: dict[str, Any], packet: bytes, text: bytes, descriptors: list[int], client: Launcher | None
     ) -> None:
         kind, tid = order["kind"], order["tid"]
         held = Held(tid, kind, tid, order["name"])
@@ -120,7 +120,7 @@ class Starts:
         self._nursery.tending.watch_all(held)
         self._nursery.report({"on": "started", "id": order.get("id"), **held.describe()})
         if client is not None:
-            channel.send_started(client, held.pidfd)
+            client.started(held.pidfd)
 
     def _record(self, held: Held, *, waits: bool) -> None:
         group = held.prepared.groups.v2 if held.prepared else None
@@ -140,34 +140,38 @@ class Starts:
         os.chmod(path, 0o666)  # noqa: S103 - its directory is root's alone: the tenant's bind is the only way to it
         entry.env["NOTIFY_SOCKET"] = paths.NOTIFY_INSIDE
 
-    def _hand_over(
-        self, held: Held, order: dict[str, Any], descriptors: list[int], client: _socket.socket | None
-    ) -> None:
-        """Give the tenant that waits its descriptors and let it go on."""
+    def _hand_over(self, held: Held, order: dict[str, Any], descriptors: list[int], client: Launcher | None) -> bool:
+        """Give the tenant that waits its descriptors and let it go on; False when it can't: it has just died, say."""
         entry = held.prepared.entry if held.prepared else None
         if entry is None or entry.service is None or held.setup is None:
-            raise IsochamberError("was just thrown away", stage="nursery", hint="try again")
-        held.kind, held.note, held.client = order["kind"], order.get("note"), client
-        ours, held.pipes = holding.stdio(held.kind, descriptors)
-        try:
-            handover.send(held.setup, order.get("argv") or [], ours)
-        finally:
-            if not descriptors:
-                for descriptor in ours:
-                    os.close(descriptor)
-        if held.kind == "service":
-            held.ring = Ring(order["logs"], entry.service.log_size, entry.service.log_count)
+            return False
+        kind, ring = order["kind"], None
+        self._record(held, waits=False)
+        if kind == "service":
+            ring = Ring(order["logs"], entry.service.log_size, entry.service.log_count)
+        ours, pipes = holding.stdio(kind, descriptors)
+        given = handover.send(held.setup, order.get("argv") or [], ours)
+        if not descriptors:
+            for descriptor in ours:
+                os.close(descriptor)
+        if not given:
+            for descriptor in pipes:
+                os.close(descriptor)
+            if ring is not None:
+                ring.close()
+            return False
+        held.kind, held.note, held.client, held.pipes, held.ring = kind, order.get("note"), client, pipes, ring
         held.started_at = time.time()
         for descriptor in held.pipes:
             self._nursery.tending.watch_pipe(held, descriptor)
         if client is not None:
             self._nursery.tending.watch_client(held)
-            channel.send_started(client, held.pidfd)
-        self._record(held, waits=False)
+            client.started(held.pidfd)
         self._nursery.report({"on": "started", "id": order.get("id"), "was_warm": True, **held.describe()})
+        return True
 
     def throw_away(self, held: Held) -> None:
         """Kill a warm sandbox and wait for its end: its lock is wanted. Milliseconds: it holds one process."""
         held.kill(signal.SIGKILL)
-        self._nursery.tending.ended(held)
+        self._nursery.tending.wait_for_end(held)
         self._nursery.held.pop(held.key, None)

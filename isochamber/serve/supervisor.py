@@ -99,22 +99,31 @@ class Supervisor:
 
     async def _again(self) -> None:
         """Find the nurseries again, or begin with a new one: with one that has died, all its tenants have."""
-        lost = [one for one in self.units.values() if one.runs and self.nurseries.is_lost(one.tid)]
-        if lost:
+        lost = [one for one in self.units.values() if self.nurseries.is_lost(one.tid)]
+        ran = [one for one in lost if one.runs]
+        if ran:
             for waiting in self._execs.values():
                 if not waiting.done():
                     waiting.set_exception(IsochamberError("the nursery has hung up", stage="exec"))
             self._execs.clear()
+        for one in lost:
+            one.warm = None  # one that still waits is listed
         if await self._connect():
             self.event("nursery-died", None)
-        for one in tuple(self.units.values()):
+        for one in lost:
             if not self.nurseries.is_lost(one.tid):
-                continue
-            one.warm = None
-            if one.runs and one.held is not None:
+                self._meanwhile(one, ran=one in ran)
+            elif one.runs and one.held is not None:
                 one.held = {**one.held, "status": int(signal.SIGKILL), "ended_at": unit.now()}
                 self._ended(one)
         self.warm.refill()
+
+    def _meanwhile(self, one: Unit, *, ran: bool) -> None:
+        """Catch up with what became of a unit while its nursery, which lives, was not listened to."""
+        if one.runs and one.held is not None and one.held["running"]:
+            self.health.watch(one)
+        elif ran and not one.runs:
+            self._ended(one)
 
     def close(self) -> None:
         """Let go of everything; tenants run on."""
@@ -202,7 +211,7 @@ class Supervisor:
             return
         if kind == "started":
             one.refused_before = one.refused
-            one.warm = None
+            one.warm, one.warm_failures = None, 0
             one.paused = one.unhealthy = False
             one.health = "starting" if one.note.get("health") else ""
         one.held = report
@@ -247,10 +256,7 @@ class Supervisor:
         elif kind == "ended" or report["status"] is not None:
             one.warm = None
             self.tell({"do": "forget", "key": report["key"], "ended_at": report["ended_at"]})
-            if report["failure"] is not None:
-                one.warm_failed = report["note"]
-                self.event("error", one, error=link.error_of(report["failure"]).line())
-            self.warm.refill()
+            self.warm.ended(one, report)
         one.touch()
 
     def _ended(self, one: Unit) -> None:

@@ -24,6 +24,8 @@ class Unit:
     held: dict[str, Any] | None = None  # the nursery's last word on it; None: never started
     warm: dict[str, Any] | None = None
     warm_failed: str | None = None  # the digest whose warm sandbox could not be made
+    warm_failures: int = 0  # sandboxes that ended soon after they were made, in a row
+    warm_timer: asyncio.TimerHandle | None = None  # until the next one is made
     paused: bool = False
     stopping: bool = False
     failures: int = 0  # in a row, for the delay and for on-failure:MAX

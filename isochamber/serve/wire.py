@@ -51,7 +51,7 @@ def with_entry(message: dict[str, Any], entry: bytes) -> bytes:
     return packet + b"\n" + entry if entry else packet
 
 
-def send_packet(end: _socket.socket, packet: bytes, descriptors: tuple[int, ...] = ()) -> None:
+def send_packet(end: _socket.socket, packet: bytes, descriptors: tuple[int, ...] = (), flags: int = 0) -> None:
     """Send one message that is JSON already; raises OSError."""
     memory = -1
     if len(packet) > MAXIMUM:
@@ -64,7 +64,7 @@ def send_packet(end: _socket.socket, packet: bytes, descriptors: tuple[int, ...]
     if descriptors:
         extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
     try:
-        end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL)
+        end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL | flags)
     finally:
         if memory >= 0:
             os.close(memory)
@@ -100,9 +100,10 @@ def receive_json(end: _socket.socket) -> tuple[bytes, list[int]]:
     return packet, descriptors
 
 
-def receive_packet(end: _socket.socket, size: int = MAXIMUM) -> tuple[bytes, list[int]]:
+def receive_packet(end: _socket.socket, size: int = MAXIMUM, flags: int = 0) -> tuple[bytes, list[int]]:
     """Return the next packet as it is and its descriptors; no bytes at the end. Raises OSError."""
-    packet, extra, _, _ = end.recvmsg(size, _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS), _socket.MSG_CMSG_CLOEXEC)
+    room = _socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
+    packet, extra, _, _ = end.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC | flags)
     descriptors: list[int] = []
     for level, kind, data in extra:
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,3 +122,37 @@ def test_a_sandbox_that_can_not_be_made_is_not_tried_again_and_again(world: Worl
     errors = [event for event in world.stream("events", stream=False) if event["event"] == "error"]
     assert len(errors) == 1, json.dumps(errors)
     assert gone(tenant)
+
+
+def test_a_sandbox_that_fails_in_its_own_steps_is_told_with_the_reason_and_not_tried_again(
+    world: World, add: Add
+) -> None:
+    tenant = add(service=WARM)
+    fine = add(service=WARM)
+    (tenant.upper / "home").symlink_to("/etc")
+    world.begin()
+    with contextlib.closing(world.stream("events", since=0)) as events:
+        first = next(event for event in events if event["event"] == "error")
+    assert (first["tid"], "home" in first["error"]) == (tenant.tid, True), first
+    world.ask("wait", fine.name, condition="warm")
+    for _ in range(3):  # each of them asks for sandboxes anew
+        world.ask("start", fine.name)
+        world.ask("stop", fine.name, time=0)
+        world.ask("wait", fine.name, condition="warm")
+    mine = [event["event"] for event in world.stream("events", stream=False) if event.get("tid") == tenant.tid]
+    assert mine == ["warm", "error"]
+    assert gone(tenant)
+
+
+def test_a_sandbox_that_is_killed_as_soon_as_it_is_there_is_made_again_later_each_time(world: World, add: Add) -> None:
+    tenant = add(service=WARM)
+    world.begin()
+    waits = []
+    for number in range(3):
+        world.ask("wait", tenant.name, condition="warm")
+        begun = time.time()
+        os.kill(_waiting(tenant), signal.SIGKILL)
+        if number:
+            waits.append(world.event("warm-in", tenant, begun)["seconds"])
+        world.event("warm", tenant, begun)
+    assert waits == [0.2, 0.4]
