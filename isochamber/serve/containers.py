@@ -95,6 +95,12 @@ def service(raw: Raw) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def counts_refusals(raw: Raw | None) -> bool:
+    """Say whether we hear of the calls that a tenant's learned list refuses: in two stages the kernel alone does."""
+    seccomp = raw.get("seccomp") if raw is not None else None
+    return not isinstance(seccomp, dict) or seccomp.get("mode") not in ("log", "errno")
+
+
 def has_network(raw: Raw | None) -> bool:
     """Say whether a tenant has a network whose bytes can be counted."""
     return raw is None or raw.get("network") != "none"

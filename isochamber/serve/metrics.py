@@ -48,7 +48,8 @@ def text(supervisor: Supervisor) -> str:
         state = "warm" if one.warm is not None and not one.runs else one.state()
         states += [(f'{{tenant="{_escaped(one.name)}",state="{name}"}}', float(name == state)) for name in _STATES]
         restarts.append((label, float(one.restarts)))
-        refused.append((label, float(one.refused)))
+        if containers.counts_refusals(known.get(one.tid)):
+            refused.append((label, float(one.refused)))
         if one.health:
             unwell.append((label, float(one.health == "healthy")))
         found = usage.of(one, has_network=containers.has_network(known.get(one.tid)))

@@ -47,12 +47,17 @@ def strict(add: Add, serve_root: Path) -> Callable[..., Tenant]:
     return make
 
 
-def _refused(world: World, tenant: Tenant) -> int:
+def _sample(world: World, tenant: Tenant) -> int | None:
     found = re.search(
         rf'^isochamber_refused_syscalls_total{{tenant="{tenant.name}"}} (\d+)$', world.output("metrics"), re.MULTILINE
     )
+    return None if found is None else int(found[1])
+
+
+def _refused(world: World, tenant: Tenant) -> int:
+    found = _sample(world, tenant)
     assert found is not None
-    return int(found[1])
+    return found
 
 
 def _events(world: World, tenant: Tenant) -> list[str]:
@@ -79,6 +84,19 @@ def test_a_refused_call_of_a_service_is_in_its_log_in_events_and_counted(world: 
     assert _events(world, tenant) == [line], "said once"
     world.ask("restart", tenant.name)
     assert _refused(world, tenant) == 2, "a counter goes on"
+
+
+@pytest.mark.parametrize("mode", ["log", "errno"])
+def test_where_the_kernel_tells_us_nothing_there_is_no_count_rather_than_a_wrong_one(
+    world: World, strict: Add, mode: str
+) -> None:
+    tenant = strict(mode, argv=["/bin/sh", "-c", "mkdir /home/d; echo up; sleep 1000"])
+    world.begin()
+    world.ask("start", tenant.name)
+    world.said(tenant, "up")
+    assert (tenant.home / "d").is_dir() == (mode == "log")
+    assert f'isochamber_restarts_total{{tenant="{tenant.name}"}}' in world.output("metrics")
+    assert _sample(world, tenant) is None
 
 
 def test_run_and_exec_tell_it_to_who_waits_with_the_argument(world: World, strict: Add) -> None:
