@@ -10,7 +10,7 @@ from typing import Any
 
 from isochamber import paths
 from isochamber.build import disk as limited
-from isochamber.build import durable, identity, limits, locks, network, registry
+from isochamber.build import durable, identity, limits, locks, network, ranges, registry
 from isochamber.build.identity import Identity
 from isochamber.build.inputs import Inputs
 from isochamber.build.progress import Reporter
@@ -54,7 +54,7 @@ def make(
         "uid": package.user[0],
         "gid": package.user[1],
         "uid_base": who.uid_base,
-        "uid_count": identity.UID_COUNT,
+        "uid_count": ranges.UID_COUNT,
         "lowers": lowers(base_product, layer_product),
         "upper": f"{filesystem}/{identity.UPPER}{slot}",
         "workdir": f"{filesystem}/{identity.WORKDIR}{slot}",

@@ -1,24 +1,16 @@
 """Who a tenant is on this machine: its tid, its range of host uids, and the directories that carry both.
 
-A range is 65,536 ids inside systemd's container range (systemd's UIDS-GIDS.md). The
-preferred one is a hash of the tid, as systemd-nspawn picks it, so that a tenant
-mostly gets the same range again even when everything was lost; a taken one gives
-way to the next free one. What is allocated is read back from the owners on disk.
+What is allocated is read back from the owners on disk; which range is free, ranges.py knows.
 """
 
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import disk, durable, home, locks, registry
+from isochamber.build import disk, durable, home, locks, ranges, registry
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
-
-UID_COUNT = 65_536
-FIRST, LAST = 524_288, 1_879_048_191
-_SLOTS = (LAST + 1 - FIRST) // UID_COUNT
 
 UPPER, WORKDIR, OVERLAY, LOWERS = "upper", "workdir", "overlay", "lowers"
 FORMER = "former.json"  # the entries before and after the last change of lowers
@@ -29,7 +21,7 @@ HOME, NAME = "home", paths.NAME
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A tenant's tid and the first of its UID_COUNT host uids (gids alike)."""
+    """A tenant's tid and the first of its host uids (gids alike)."""
 
     tid: str
     uid_base: int
@@ -40,7 +32,7 @@ def find(state: State, tenant: str) -> Identity | None:
     if state.namespace is None:
         return None
     tid = state.tid(tenant)
-    uid_base = _owner(state, tid)
+    uid_base = ranges.owner(state, tid)
     if uid_base is None:
         return None
     filesystem, persist = os.fspath(state.tenant_fs(tid)), os.fspath(state.tenant_persist(tid))
@@ -60,90 +52,23 @@ def ensure(state: State, tenant: str, disk_size: int | None = None) -> Identity:
         try:
             with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
                 disk.attach(state, tid)
-                uid_base = _owner(state, tid) or _configured(state, tid) or _allocate(state, tid)
+                known = ranges.owner(state, tid)
+                uid_base = known or _configured(state, tid) or ranges.allocate(state, tid)
+                if known is None:
+                    ranges.announce(state, tid)
                 _make_directories(state, tid, tenant, uid_base)
+                if known is None:
+                    ranges.given(state)
                 disk.ensure(state, tenant, tid, disk_size, uid_base)
         except OSError as error:
             raise IsochamberError.from_os(error, stage="dirs", tenant=tenant) from error
     return Identity(tid, uid_base)
 
 
-_OWNED = tuple(f"{name}{slot}" for name in (UPPER, WORKDIR) for slot in SLOTS)
-
-
-def _owner(state: State, tid: str) -> int | None:
-    """Return the first uid of the range that the tenant's upper (or what is left of it) belongs to."""
-    # Plain text for a path: every new tenant looks at all others.
-    directory = os.fspath(state.tenant_fs(tid))
-    for part in _OWNED:
-        try:
-            uid = os.lstat(f"{directory}/{part}").st_uid
-        except FileNotFoundError:
-            continue
-        if FIRST <= uid <= LAST and (uid - FIRST) % UID_COUNT == 0:
-            return uid
-    return None
-
-
 def _configured(state: State, tid: str) -> int | None:
     """Return the range that containers.json gives the tenant: its directories were lost, the file was not."""
     entry = registry.read(state, salvage=True).get(tid)
     return None if entry is None else int(entry["uid_base"])
-
-
-def preferred_slot(tid: str) -> int:
-    """Return which of the machine's ranges the tid hashes to."""
-    return int(tid[:12], 16) % _SLOTS
-
-
-def first_free(tid: str, taken: set[int]) -> int:
-    """Return the first uid of the tenant's range: its preferred slot, or the next that is not in ``taken`` (slots).
-
-    Raises IsochamberError when every range is taken.
-    """
-    start = preferred_slot(tid)
-    for step in range(_SLOTS):
-        slot = (start + step) % _SLOTS
-        if slot not in taken:
-            return FIRST + slot * UID_COUNT
-    raise IsochamberError("every uid range of this machine is taken", stage="dirs", hint="delete tenants, or prune")
-
-
-def _allocate(state: State, tid: str) -> int:
-    taken = {slot for first, last in _used(state) for slot in slots(first, last)}
-    return first_free(tid, taken)
-
-
-def slots(first: int, last: int) -> range:
-    """Return the slots that the ids ``first`` to ``last`` touch; none outside the container range."""
-    low, high = max(first, FIRST), min(last, LAST)
-    return range((low - FIRST) // UID_COUNT, (high - FIRST) // UID_COUNT + 1) if low <= high else range(0)
-
-
-def _used(state: State) -> Iterator[tuple[int, int]]:
-    """Yield ranges of ids that somebody has: other tenants, users and groups, subordinate ids (subuid(5))."""
-    for entry in registry.read(state, salvage=True).values():
-        yield entry["uid_base"], entry["uid_base"] + entry["uid_count"] - 1
-    for directory in (state.root / "tenants_fs").iterdir():
-        uid_base = _owner(state, directory.name)
-        if uid_base is not None:
-            yield uid_base, uid_base + UID_COUNT - 1
-    for name in ("passwd", "group"):
-        for fields in _lines(Path("/etc") / name):
-            if len(fields) > 2 and fields[2].isdigit():
-                yield int(fields[2]), int(fields[2])
-    for name in ("subuid", "subgid"):
-        for fields in _lines(Path("/etc") / name):
-            if len(fields) == 3 and fields[1].isdigit() and fields[2].isdigit():
-                yield int(fields[1]), int(fields[1]) + int(fields[2]) - 1
-
-
-def _lines(path: Path) -> Iterator[list[str]]:
-    try:
-        text = path.read_text(errors="replace")
-    except FileNotFoundError:
-        return
-    yield from (line.split(":") for line in text.splitlines())
 
 
 def make_owned(directory: Path, uid_base: int) -> None:

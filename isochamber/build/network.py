@@ -10,7 +10,7 @@ import ipaddress
 import json
 from typing import Any
 
-from isochamber.build import identity
+from isochamber.build import ranges
 from isochamber.spec.model import Network, Subnets
 
 _PORT_NAME_MAX = 15  # IFNAMSIZ without its NUL
@@ -29,7 +29,7 @@ def make(
     """
     if network.mode != "bridge":
         return None
-    number = (uid_base - identity.FIRST) // identity.UID_COUNT + _FIRST_HOST + (BUILDS if build else 0)
+    number = (uid_base - ranges.FIRST) // ranges.UID_COUNT + _FIRST_HOST + (BUILDS if build else 0)
     ipv4, ipv6 = blocks(identifier, subnets)
     bridge = f"ic{identifier[:7]}"
     net: dict[str, Any] = {

@@ -74,6 +74,15 @@ def read(state: State, *, salvage: bool = False) -> Mapping[str, Entry]:
     return ChainMap(held.entries, found) if held is not None and held.entries else found
 
 
+def read_apart(state: State) -> tuple[Mapping[str, Entry], Mapping[str, Entry]]:
+    """Return (entries that are not in the file yet, those that are: the same object while the file is the same).
+
+    A damaged file says what can still be read of it. Raises IsochamberError.
+    """
+    held = _held_back(state)
+    return {} if held is None else held.entries, _read_file(state, salvage=True)
+
+
 def _read_file(state: State, *, salvage: bool) -> dict[str, Entry]:
     """Return what the file says; no file is no entry.
 

@@ -22,7 +22,7 @@ from typing import IO, Any
 import zstandard
 
 from isochamber import paths
-from isochamber.build import backup, disk, durable, identity, locks, manifest, space, tree
+from isochamber.build import backup, disk, durable, identity, locks, manifest, ranges, space, tree
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import records, syscalls
@@ -184,7 +184,7 @@ def _open_directory(root: int, path: str) -> int:
 
 
 def _check_owner(member: tarfile.TarInfo) -> None:
-    if not (0 <= member.uid < identity.UID_COUNT and 0 <= member.gid < identity.UID_COUNT):
+    if not (0 <= member.uid < ranges.UID_COUNT and 0 <= member.gid < ranges.UID_COUNT):
         raise _RefusedError(f"{member.name[:80]!r} belongs to nobody whom a tenant can be")
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from isochamber import paths
 from isochamber.build import filters, held, limits, network, process, registry
 from isochamber.build.entry import PATH
-from isochamber.build.identity import UID_COUNT, Identity, make_owned
+from isochamber.build.identity import Identity, make_owned
 from isochamber.build.process import Outcome
 from isochamber.build.progress import Product
+from isochamber.build.ranges import UID_COUNT
 from isochamber.build.state import State
 from isochamber.launch import capabilities, command, pins
 from isochamber.spec.model import Limits, Network, Subnets

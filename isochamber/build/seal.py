@@ -16,7 +16,7 @@ import stat
 import struct
 
 from isochamber.build import staged, tree
-from isochamber.build.identity import UID_COUNT
+from isochamber.build.ranges import UID_COUNT
 from isochamber.launch import syscalls
 
 _CAPABILITY = "security.capability"

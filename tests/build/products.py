@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from isochamber.build import contents, identity, layer
+from isochamber.build import contents, identity, layer, ranges
 from isochamber.build.progress import Reporter
 from isochamber.build.state import State
 from isochamber.spec import package
 from isochamber.spec.model import Limits, Network, Tenant
 
-UID_BASE = identity.FIRST
+UID_BASE = ranges.FIRST
 
 
 class Lines(Reporter):
@@ -124,7 +124,7 @@ def processes_of(uid_base: int) -> list[int]:
                 state = (directory / "stat").read_text().rpartition(")")[2].split()[0]
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if uid_base <= uid < uid_base + identity.UID_COUNT and state not in "ZX":
+            if uid_base <= uid < uid_base + ranges.UID_COUNT and state not in "ZX":
                 found.append(int(directory.name))
     return found
 

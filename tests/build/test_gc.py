@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from isochamber import paths
-from isochamber.build import durable, gc, identity, locks, registry, sandbox, tree
+from isochamber.build import durable, gc, identity, locks, ranges, registry, sandbox, tree
 from isochamber.build.pipeline import Pipeline
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -143,7 +143,7 @@ def test_deleting_what_is_no_tenant_is_one_line(state: State, name: str) -> None
 def test_deleting_takes_the_namespaces_of_an_install_script_whose_build_was_killed(state: State) -> None:
     who = identity.ensure(state, "sensor")
     run = sandbox.build_tid(who.tid)
-    for descriptor in pins.ensure(run, who.uid_base, identity.UID_COUNT):
+    for descriptor in pins.ensure(run, who.uid_base, ranges.UID_COUNT):
         os.close(descriptor)
     gc.delete(state, "sensor", Lines())
     assert run not in Path("/proc/self/mountinfo").read_text()

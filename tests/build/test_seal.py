@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from isochamber.build import manifest, seal, staged
-from isochamber.build.identity import UID_COUNT
+from isochamber.build.ranges import UID_COUNT
 from isochamber.errors import IsochamberError
 from tests.build.products import UID_BASE, capability, owners
 

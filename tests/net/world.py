@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from isochamber import paths
-from isochamber.build import identity, network, registry
+from isochamber.build import network, ranges, registry
 from isochamber.build.state import State
 from isochamber.launch import pins, syscalls
 from isochamber.net import host, plan
@@ -164,7 +164,7 @@ class World:
         net = network.make(self.state.identifier, tid, uid_base, wanted, SUBNETS)
         entry = {
             "tid": tid, "name": name, "version": registry.VERSION, "uid_base": uid_base,
-            "uid_count": identity.UID_COUNT, "network": "bridge", "net": net,
+            "uid_count": ranges.UID_COUNT, "network": "bridge", "net": net,
         }  # fmt: skip
         self.entries[name] = entry
         registry.put(self.state, entry)
@@ -172,7 +172,7 @@ class World:
         return entry
 
     def _uid_base(self) -> int:
-        return identity.FIRST + identity.UID_COUNT * (len(self.entries) + 1 + os.getpid() % 1000)
+        return ranges.FIRST + ranges.UID_COUNT * (len(self.entries) + 1 + os.getpid() % 1000)
 
     def apply(self, *names: str) -> None:
         """Make the networks of these tenants, or of all."""
