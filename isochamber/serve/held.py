@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from isochamber.launch.start import Prepared
     from isochamber.serve.launcher import Launcher
+    from isochamber.serve.notifying import Notifying
     from isochamber.serve.refusing import Refusing
     from isochamber.serve.ring import Ring
 
@@ -50,7 +51,7 @@ class Held:
         self.pipes: dict[int, int] = {}  # descriptor that is read -> 1 or 2
         self.master: int | None = None  # its terminal, where nobody but us holds it
         self.ring: Ring | None = None
-        self.notify: _socket.socket | None = None
+        self.notify: Notifying | None = None
         self.refusing: Refusing | None = None  # once a learned filter in it hands calls over
         self.attached: list[_socket.socket] = []
         self.left_out = 0  # bytes that attached clients were too slow for
@@ -124,13 +125,8 @@ class Held:
         """Remove what its start made and let go of its lock; raises OSError when something stays."""
         prepared, self.prepared = self.prepared, None
         if self.notify is not None:
-            path = self.notify.getsockname()
             self.notify.close()
             self.notify = None
-            try:
-                os.unlink(path)
-            except FileNotFoundError:
-                pass
         if prepared is None or self.kind == "exec":
             return
         try:

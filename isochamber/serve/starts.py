@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _socket
 import os
 import time
 
@@ -15,6 +14,7 @@ from isochamber.serve import held as holding
 from isochamber.serve import spare
 from isochamber.serve.held import Held
 from isochamber.serve.launcher import Launcher, refuse
+from isochamber.serve.notifying import Notifying
 from isochamber.serve.ring import Ring
 
 TYPE_CHECKING = False
@@ -92,7 +92,7 @@ class Starts:
             )  # fmt: skip
             held.prepared = prepared
             self._make_notify(held, entry)
-            prepared.notify = held.notify.getsockname() if held.notify else None
+            prepared.notify = held.notify.path if held.notify else None
             if kind != "warm":
                 ours, held.pipes = holding.stdio(kind, descriptors)
             process.go(prepared, ours)  # it makes its mounts while we go on
@@ -130,14 +130,7 @@ class Starts:
     def _make_notify(self, held: Held, entry: Entry) -> None:
         if entry.service is None or entry.service.ready != "notify" or held.kind == "run":
             return
-        path = paths.serve_file(f"notify-{entry.tid}")
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
-            pass
-        held.notify = _socket.socket(_socket.AF_UNIX, _socket.SOCK_DGRAM | _socket.SOCK_CLOEXEC | _socket.SOCK_NONBLOCK)
-        held.notify.bind(path)
-        os.chmod(path, 0o666)  # noqa: S103 - its directory is root's alone: the tenant's bind is the only way to it
+        held.notify = Notifying(self._nursery, held, paths.serve_file(f"notify-{entry.tid}"))
         entry.env["NOTIFY_SOCKET"] = paths.NOTIFY_INSIDE
 
     def _hand_over(self, held: Held, order: dict[str, Any], descriptors: list[int], client: Launcher | None) -> bool:

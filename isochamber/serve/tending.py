@@ -41,7 +41,7 @@ class Tending:
             self._loop.watch(held.setup.fileno(), lambda _happened: self._hear_setup(held), held)
         self.watch_client(held)
         if held.notify is not None:
-            self._loop.watch(held.notify.fileno(), lambda _happened: self._notified(held), held)
+            held.notify.watch()
         for descriptor in held.pipes:
             self.watch_pipe(held, descriptor)
 
@@ -150,22 +150,6 @@ class Tending:
             held.client.close()
             held.client = None
             held.kill(signal.SIGKILL)
-
-    def _notified(self, held: Held) -> None:
-        if held.notify is None:
-            return
-        try:
-            packet = held.notify.recv(4096)
-        except OSError:
-            return
-        for line in packet.split(b"\n"):
-            key, _, value = line.partition(b"=")
-            if key == b"READY" and value == b"1":
-                held.ready = True
-                self._nursery.report({"on": "ready", "key": held.key})
-            elif key == b"STATUS":
-                text = value.decode("utf-8", "replace")[:200]
-                self._nursery.report({"on": "status", "key": held.key, "text": text})
 
     def _has_ended(self, held: Held) -> None:
         """Reap it. While another process of the tenant traces a command beside it (ptrace(2)), that can't be done."""
