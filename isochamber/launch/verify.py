@@ -98,8 +98,15 @@ def _check_mounts(entry: Entry) -> None:
             optional.remove(target)
         elif entry.ipc is None or not f"{target}/".startswith(f"{paths.DEFAULT_IPC}/"):
             raise _refuse(f"{target} is mounted and should not be")
-    if bool(os.statvfs("/").f_flag & os.ST_RDONLY) != entry.read_only:
-        raise _refuse("the root is writable" if entry.read_only else "the root is read-only")
+    is_read_only = bool(os.statvfs("/").f_flag & os.ST_RDONLY)
+    if entry.read_only and not is_read_only:
+        raise _refuse("the root is writable")
+    if is_read_only and not entry.read_only:
+        # What overlayfs makes of an upper in which it could make no work directory; the kernel's log says why.
+        raise IsochamberError(
+            "the root became read-only, for its upper has no room left or is on a read-only file system",
+            stage="launch", path=entry.upper, hint="make room there, or write a larger limits: disk and run ./doit",
+        )  # fmt: skip
     if missing:
         raise _refuse(f"{min(missing)} is not mounted")
 
