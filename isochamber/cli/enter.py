@@ -40,10 +40,10 @@ def attach(arguments: argparse.Namespace) -> int:
 
 def attach_to(tenant: str) -> int:
     """Attach to ``tenant``; returns its exit code, 0 after letting go."""
-    from isochamber.serve import remote  # noqa: PLC0415
+    from isochamber.serve import attach as attached  # noqa: PLC0415
 
     sys.stdout.flush()
-    return remote.attach(tenant)
+    return attached.attach(tenant)
 
 
 def add(verbs: common.Verbs) -> None:

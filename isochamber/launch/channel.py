@@ -1,11 +1,9 @@
 """The SOCK_SEQPACKET pair between the processes of one start (see messages.py), with descriptors passed along."""
 
-from __future__ import annotations
-
 import _socket
 import errno
 import os
-import struct
+import sys
 
 from isochamber.errors import IsochamberError
 from isochamber.launch import messages
@@ -23,7 +21,7 @@ def _send(end: _socket.socket, packet: bytes, descriptor: int | None = None) -> 
         if descriptor is None:
             os.write(end.fileno(), packet)  # not sendmsg: after its filters are loaded the tenant's side may only write
         else:
-            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("=i", descriptor))
+            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptor.to_bytes(4, sys.byteorder))
             end.sendmsg([packet], [rights], _socket.MSG_NOSIGNAL)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the launcher is gone, and we go with it
@@ -98,7 +96,7 @@ def receive(end: _socket.socket, flags: int = 0) -> tuple[bytes | None, bytes, i
     descriptor = None
     for level, kind, data in extra:  # a peer may have asked for its credentials to be passed: these are no descriptor
         if level == _socket.SOL_SOCKET and kind == _socket.SCM_RIGHTS:
-            (descriptor,) = struct.unpack("=i", data)
+            descriptor = int.from_bytes(data, sys.byteorder)
     if packet:
         return packet[:1], packet, descriptor
     if descriptor is not None:

@@ -11,8 +11,6 @@ close-on-exec, so nothing of it reaches the tenant.
     keeper      -> launcher through the supervisor   SAID
 """
 
-from __future__ import annotations
-
 MAXIMUM = 16384  # bytes a packet
 _LONGEST = 2000  # characters a field
 

@@ -175,3 +175,17 @@ def settled(tid: str) -> Record | None:
             return record
         select.select([], [], [], _A_MOMENT)  # milliseconds, and nothing says when: its processes have no names yet
     return None
+
+
+def catches(pid: int | None, number: int) -> bool:
+    """Say whether the PID 1 ``pid`` would notice ``number``: it has a handler, ignores it on purpose, or waits for it.
+
+    A PID 1 without a handler is not killed by a signal's default action
+    (pid_namespaces(7)); blocked means that somebody takes it by sigwait or signalfd.
+    """
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            masks = [int(line.split()[1], 16) for line in file if line.startswith((b"SigBlk", b"SigIgn", b"SigCgt"))]
+    except (FileNotFoundError, ProcessLookupError):
+        return True  # it has ended: nothing is left to be done
+    return any(mask >> (number - 1) & 1 for mask in masks)

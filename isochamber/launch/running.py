@@ -128,8 +128,8 @@ class Running:
                 pass
 
     def catches(self, number: int) -> bool:
-        """Say whether PID 1 would notice ``number``; see :func:`catches`."""
-        return catches(self.pid, number)
+        """Say whether PID 1 would notice ``number``; see :func:`records.catches`."""
+        return records.catches(self.pid, number)
 
     def freeze(self, *, frozen: bool) -> None:
         """Stop or continue all of the tenant: its cgroup, or where there is none its PID 1 alone."""
@@ -141,20 +141,6 @@ class Running:
             else:
                 return
         self.kill(signal.SIGSTOP if frozen else signal.SIGCONT)
-
-
-def catches(pid: int | None, number: int) -> bool:
-    """Say whether the PID 1 ``pid`` would notice ``number``: it has a handler, ignores it on purpose, or waits for it.
-
-    A PID 1 without a handler is not killed by a signal's default action
-    (pid_namespaces(7)); blocked means that somebody takes it by sigwait or signalfd.
-    """
-    try:
-        with open(f"/proc/{pid}/status", "rb") as file:
-            masks = [int(line.split()[1], 16) for line in file if line.startswith((b"SigBlk", b"SigIgn", b"SigCgt"))]
-    except (FileNotFoundError, ProcessLookupError):
-        return True  # it has ended: nothing is left to be done
-    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def _warn(error: IsochamberError) -> None:

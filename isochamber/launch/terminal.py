@@ -14,11 +14,6 @@ _TIOCGPTPEER = 0x5441  # ioctl_tty(2)
 _TIOCSPTLCK = 0x40045431
 
 
-def wanted() -> bool:
-    """Say whether the launcher stands on a terminal, both ways."""
-    return os.isatty(0) and os.isatty(1)
-
-
 def make(root: int, owner: int) -> "tuple[int, int]":
     """Return (master, slave) of a new pty of the instance at /dev/pts, bound to /dev/console too. Raises OSError."""
     master, slave = open_pair(root, owner)

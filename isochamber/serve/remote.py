@@ -1,24 +1,22 @@
-"""A client in the foreground: what it started or looks at through the supervisor, on this terminal."""
+"""A client in the foreground: what the supervisor started for it, with its descriptors, signals and terminal.
 
-from __future__ import annotations
+`isochamber run` begins here, so it imports next to nothing; a test counts.
+"""
 
 import _socket
-import fcntl
 import os
-import select
-import struct
-import termios
 
-from isochamber.errors import IsochamberError
-from isochamber.launch import channel, foreground, terminal
-from isochamber.launch.lean import signal
+from isochamber.errors import EXIT_OURS, IsochamberError, exit_code_of
+from isochamber.launch import channel
+from isochamber.launch.foreground import Foreground
+from isochamber.launch.messages import Word
+from isochamber.launch.words import on_a_terminal
 from isochamber.serve import client
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
-
-_DETACH = b"\x10\x11"  # Ctrl-P Ctrl-Q, as docker and podman have it
 
 
 def run_tenant(root: str, tenant: str, argv: list[str], *, no_terminal: bool) -> int | None:
@@ -26,25 +24,27 @@ def run_tenant(root: str, tenant: str, argv: list[str], *, no_terminal: bool) ->
 
     None: there is no supervisor, or it looks after another state directory.
     """
-    probe = client.connect()
-    if probe is None:
+    control = client.connect()
+    if control is None:
         return None
-    probe.close()
-    wants = not no_terminal and terminal.wanted()
+    wants = not no_terminal and on_a_terminal()
     try:
-        return run({"verb": "run", "root": root, "tenant": tenant, "argv": argv, "terminal": wants})
+        return run({"verb": "run", "root": root, "tenant": tenant, "argv": argv, "terminal": wants}, control)
     except IsochamberError as error:
         if error.stage == client.OTHER_ROOT:
             return None
         raise
 
 
-def run(request: dict[str, Any]) -> int:
-    """Start what ``request`` says with our descriptors, signals and terminal; returns its exit code."""
+def run(request: "dict[str, Any]", control: _socket.socket | None = None) -> int:
+    """Start what ``request`` says with our descriptors, signals and terminal; returns its exit code.
+
+    ``control`` is a connection to the supervisor if there is one. Raises IsochamberError.
+    """
     if os.isatty(0) and os.environ.get("TERM"):
         request["term"] = os.environ["TERM"]
-    started = client.Remote(request)
-    shown = foreground.Foreground(started)
+    started = Remote(control or client.need(), request)
+    shown = Foreground(started)
     started.say = shown.say
     code = shown.supervise()
     if started.failure is not None:
@@ -52,60 +52,82 @@ def run(request: dict[str, Any]) -> int:
     return code
 
 
-def attach(tenant: str) -> int:
-    """Show a tenant's output until it ends or Ctrl-P Ctrl-Q; returns its exit code, or 0. Raises IsochamberError."""
-    ours, theirs = channel.pair()
-    control = client.need()
-    answer = client.ask(control, {"verb": "attach", "tenant": tenant}, (theirs.fileno(),))
-    theirs.close()
-    typed = bool(answer["terminal"]) and os.isatty(0)
-    former = termios.tcgetattr(0) if typed else None
-    try:
-        if typed:
-            foreground.make_raw(0)
-            _resize(ours)
-            signal.signal(signal.SIGWINCH, lambda _number, _frame: _resize(ours))
-        let_go = _shuttle(ours, typed=typed)
-    finally:
-        ours.close()
-        if former is not None:
-            termios.tcsetattr(0, termios.TCSADRAIN, former)
-    if let_go:
-        control.close()
-        return 0
-    codes = client.ask(control, {"verb": "wait", "tenants": [tenant]})["codes"]
-    control.close()
-    return int(codes[0])
+class Remote:
+    """A tenant, or a command beside one, that the supervisor started for us: what launch.running.Running is nearby."""
 
+    __slots__ = ("_beside", "_pidfd", "end", "exit_code", "failure", "master", "say", "tenant")
 
-def _shuttle(end: _socket.socket, *, typed: bool) -> bool:
-    """Pass bytes both ways until the tenant ends (False) or the keys to let go are typed (True)."""
-    poller = select.poll()
-    poller.register(end.fileno(), select.POLLIN)
-    if typed:
-        poller.register(0, select.POLLIN)
-    last = b""
-    while True:
-        ready = dict(poller.poll())
-        if end.fileno() in ready:
-            packet = end.recv(1 << 17)
-            if not packet:
-                return False
-            target = 2 if packet[:1] == b"2" else 1
-            data = packet[1:]
-            while data:
-                data = data[os.write(target, data) :]
-        if typed and 0 in ready:
-            data = os.read(0, 4096)
-            if not data or _DETACH in last + data:
-                return True
-            last = data[-1:]
-            end.send(b"0" + data)
+    def __init__(self, control: _socket.socket, request: "dict[str, Any]") -> None:
+        """Have it started with our descriptors 0, 1, 2, over ``control``, which is closed. Raises IsochamberError."""
+        self.tenant: str = request["tenant"]
+        self._beside = request["verb"] == "exec"
+        self._pidfd: int | None = None
+        self.master: int | None = None
+        self.failure: IsochamberError | None = None
+        self.exit_code: int | None = None
+        self.say: Callable[[str], None] | None = None  # prints a line for the operator
+        self.end, other = channel.pair()
+        try:
+            try:
+                client.tell(control, request, (other.fileno(), 0, 1, 2))
+            finally:
+                other.close()
+            # Who holds it says so over the channel, whatever becomes of the supervisor meanwhile.
+            if self.end.recv(1, _socket.MSG_PEEK) != Word.STARTED:
+                for _ in client.answers(control):  # a refusal, as a rule: then nobody has the channel any more
+                    pass
+        finally:
+            control.close()
 
+    def hear(self) -> None:
+        """Take one message (waits for it) and remember what it says."""
+        word, packet, descriptor = channel.receive(self.end)
+        if word == Word.STARTED:
+            self._pidfd = descriptor
+        elif word == Word.TERMINAL:
+            self.master = descriptor
+        elif word == Word.FAILED:
+            self.failure = channel.failure_of(packet, self.tenant)
+        elif word == Word.SAID:
+            if self.say is not None:
+                self.say(packet[1:].decode("utf-8", "replace"))
+        elif word == Word.ENDED:
+            code = exit_code_of(int(packet[1:]))
+            self.exit_code = code if self.failure is None else self.failure.exit_code
+        elif word is None:
+            if self.failure is None:
+                self.failure = IsochamberError(
+                    "the supervisor's nursery has ended, and the tenant with it", stage="launch", tenant=self.tenant
+                )
+            self.exit_code = EXIT_OURS
 
-def _resize(end: _socket.socket) -> None:
-    rows, columns, _, _ = struct.unpack("=HHHH", fcntl.ioctl(0, termios.TIOCGWINSZ, b"\0" * 8))
-    try:
-        end.send(b"W" + struct.pack("=HH", rows, columns), _socket.MSG_DONTWAIT)
-    except OSError:
-        pass  # it has ended
+    @property
+    def pid(self) -> int | None:
+        """Its first process as the host counts, None before it is there: only who signals it or types asks for it."""
+        if self._pidfd is None:
+            return None
+        from isochamber.launch import records  # noqa: PLC0415 - most runs end without that
+
+        return records.pid_of(self._pidfd)
+
+    def kill(self, number: int) -> None:
+        """Have the signal ``number`` sent: its sender is root, we need not be."""
+        self._say(Word.SIGNAL + b"%d" % number)
+
+    def catches(self, number: int) -> bool:
+        """Say whether it would notice ``number``; what is no PID 1 has the default actions."""
+        if self._beside:
+            return True
+        from isochamber.launch import records  # noqa: PLC0415 - most runs end without a signal
+
+        return records.catches(self.pid, number)
+
+    def freeze(self, *, frozen: bool) -> None:
+        """Have it stopped or continued."""
+        self._say(Word.FREEZE + (b"1" if frozen else b"0"))
+
+    def _say(self, packet: bytes) -> None:
+        try:
+            self.end.send(packet, _socket.MSG_NOSIGNAL)
+        except OSError:
+            pass  # it has ended

@@ -10,6 +10,7 @@ import _socket
 import select
 
 from isochamber.serve import wire
+from isochamber.serve.dump import dump
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Reports:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a report, or keep it until there is room, in order; raises OSError when it is dead or too far behind."""
-        packet = wire.dump(message).encode()
+        packet = dump(message).encode()
         if not self._waiting:
             try:
                 wire.send_packet(self.end, packet, flags=_socket.MSG_DONTWAIT)

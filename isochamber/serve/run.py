@@ -1,12 +1,10 @@
 """`run`: through the supervisor when one runs, else by the launcher itself. Lean: it is imported at every start."""
 
-from __future__ import annotations
-
 import os
 import sys
 
-from isochamber.errors import IsochamberError
-from isochamber.launch import main as launcher
+from isochamber.errors import EXIT_INTERRUPTED, IsochamberError
+from isochamber.launch import words as said
 
 
 def argv(*words: str) -> list[str]:
@@ -17,9 +15,9 @@ def argv(*words: str) -> list[str]:
 
 def main(words: list[str]) -> int:
     """Run one tenant in the foreground; returns its exit code, or ours with one line on stderr."""
-    launcher.open_missing_descriptors()
+    said.open_missing_descriptors()
     try:
-        options = launcher.Options(words)
+        options = said.Options(words)
         if options.verb == "run" and not options.shell:
             from isochamber.serve import remote  # noqa: PLC0415 - what the launcher alone does not need
 
@@ -28,6 +26,10 @@ def main(words: list[str]) -> int:
                 return code
     except IsochamberError as error:
         for line in error.lines():
-            launcher.say(line)
+            said.say(line)
         return error.exit_code
+    except KeyboardInterrupt:  # before the tenant was there to take it: the nursery ends it when we hang up
+        return EXIT_INTERRUPTED
+    from isochamber.launch import main as launcher  # noqa: PLC0415 - what a run through the supervisor does not need
+
     return launcher.main(words)

@@ -15,7 +15,7 @@ from typing import Any
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
-from isochamber.launch import cgroup, records, running
+from isochamber.launch import cgroup, records
 from isochamber.launch.lean import signal
 from isochamber.serve import containers, link, unit
 from isochamber.serve.containers import Containers, Raw
@@ -351,7 +351,7 @@ class Supervisor:
         seconds = how["grace"] if grace is None else grace
         number = int(getattr(signal, f"SIG{how['signal']}"))
         # A PID 1 without a handler would sleep through the signal, and we through the grace.
-        if seconds > 0 and one.held["running"] and running.catches(one.held["pid"], number):
+        if seconds > 0 and one.held["running"] and records.catches(one.held["pid"], number):
             if one.paused:
                 await self.pause(one.tid, paused=False)
             self.tell({"do": "signal", "key": one.tid, "number": number})

@@ -12,6 +12,7 @@ import os
 import struct
 
 from isochamber.launch import lean
+from isochamber.serve.dump import dump
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,23 +22,6 @@ VERSION = 2  # of what nursery and supervisor say to each other
 MAXIMUM = 1 << 16  # bytes a packet
 MOST_DESCRIPTORS = 8
 _LONG = b'{"long":true}'
-
-
-def dump(value: object) -> str:
-    """Return ``value`` (None, bool, int, float, str, lists and dicts with text keys of them) as JSON."""
-    if value is None:
-        return "null"
-    if value is True or value is False:
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return lean.quote(value)
-    if isinstance(value, int | float):
-        return repr(value)
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{lean.quote(key)}:{dump(item)}" for key, item in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ",".join(map(dump, value)) + "]"
-    raise TypeError(f"{type(value).__name__} does not travel")
 
 
 def send(end: _socket.socket, message: dict[str, Any], descriptors: tuple[int, ...] = ()) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from isochamber.launch import records
-from isochamber.launch.running import catches
+from isochamber.launch.records import catches
 from tests.launch.tenants import Tenant
 from tests.serve.world import DEADLINE, FOREVER, Terminal, World, eventually, gone
 
