@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 from isochamber import paths
@@ -60,15 +61,10 @@ class Server:
 
     async def _do(self, connection: Connection, request: dict[str, Any]) -> None:
         descriptors = connection.take_descriptors()
-        work = asyncio.get_running_loop().create_task(self._answer(connection, request, descriptors))
-        # A client that hangs up in the middle of a stream or a wait ends it.
-        gone = asyncio.get_running_loop().create_task(connection.gone())
         try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            with connection.cancelled_when_gone():
+                await self._answer(connection, request, descriptors)
         finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
             wire.close_all(descriptors)
 
     async def _answer(self, connection: Connection, request: dict[str, Any], descriptors: list[int]) -> None:
@@ -104,47 +100,68 @@ class Connection:
         self._buffer = b""
         self._descriptors: list[int] = []
         self._eof = False
+        self._watched = False
+        self._waiter: asyncio.Future[None] | None = None  # of a request that is not there yet
+        self._working: asyncio.Task[Any] | None = None  # what ends when the client hangs up
 
     async def request(self) -> dict[str, Any] | None:
         """Return the next request, None when the client has hung up; raises ValueError for what is no JSON object."""
+        self._take()  # whoever connects has asked, as a rule
         while b"\n" not in self._buffer:
-            if self._eof or len(self._buffer) > _LONGEST:
+            if self._is_over:
                 return None
-            await self._fill()
+            self._watch()
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         line, _, self._buffer = self._buffer.partition(b"\n")
         found = json.loads(line)
         if not isinstance(found, dict):
             raise ValueError("a request is a JSON object")
         return found
 
-    async def _fill(self) -> None:
+    @property
+    def _is_over(self) -> bool:
+        return self._eof or len(self._buffer) > _LONGEST
+
+    def _watch(self) -> None:
+        if not self._watched and not self._is_over:
+            self._watched = True
+            self._loop.add_reader(self.end.fileno(), self._readable)
+
+    def _readable(self) -> None:
+        self._take()
+        if self._is_over:
+            self._loop.remove_reader(self.end.fileno())
+            self._watched = False
+            if self._working is not None:
+                self._working.cancel()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _take(self) -> None:
+        """Take what is there to read."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self.end, 65536, wire.MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
         except BlockingIOError:
-            await self._until(self._loop.add_reader, self._loop.remove_reader)
             return
+        except OSError:
+            data, descriptors = b"", []
         self._descriptors += descriptors
         self._buffer += data
         self._eof = not data
 
-    async def _until(self, add: Any, remove: Any) -> None:
-        ready: asyncio.Future[None] = self._loop.create_future()
-        number = self.end.fileno()
-
-        def wake() -> None:
-            if not ready.done():
-                ready.set_result(None)
-
-        add(number, wake)
+    @contextlib.contextmanager
+    def cancelled_when_gone(self) -> Iterator[None]:
+        """Cancel the current task when the client hangs up within the block; what it sends meanwhile waits."""
+        self._watch()
+        self._working = asyncio.current_task()
         try:
-            await ready
+            yield
         finally:
-            remove(number)
-
-    async def gone(self) -> None:
-        """Return when the client has hung up; what it sends meanwhile waits."""
-        while not self._eof and len(self._buffer) <= _LONGEST:
-            await self._fill()
+            self._working = None
 
     async def answer(self, item: dict[str, Any]) -> None:
         """Send one line, and wait for a client that is slow to read: only its own answer waits. Raises OSError."""
@@ -153,7 +170,21 @@ class Connection:
             try:
                 data = data[self.end.send(data, socket.MSG_NOSIGNAL) :]
             except BlockingIOError:
-                await self._until(self._loop.add_writer, self._loop.remove_writer)
+                await self._until_writable()
+
+    async def _until_writable(self) -> None:
+        ready: asyncio.Future[None] = self._loop.create_future()
+        number = self.end.fileno()
+
+        def wake() -> None:
+            if not ready.done():
+                ready.set_result(None)
+
+        self._loop.add_writer(number, wake)
+        try:
+            await ready
+        finally:
+            self._loop.remove_writer(number)
 
     def take_descriptors(self) -> list[int]:
         """Return the descriptors that came so far: whoever takes them closes them."""
@@ -162,6 +193,8 @@ class Connection:
 
     def close(self) -> None:
         """Hang up."""
+        if self._watched:
+            self._loop.remove_reader(self.end.fileno())
         wire.close_all(self._descriptors)
         self.end.close()
 
