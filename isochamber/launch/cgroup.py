@@ -94,35 +94,47 @@ def groups_of(tid: str, controllers: Iterable[str], found: Trees) -> Groups:
     return Groups(v1, None if found.v2 is None else f"{found.v2}/{_name(tid)}")
 
 
-def make(tid: str, controllers: Iterable[str], found: Trees) -> Groups:
-    """Make the tenant's groups, anew, for ``controllers`` wherever this machine has them. Raises IsochamberError.
+def make_v1(groups: Groups, tid: str, found: Trees) -> None:
+    """Make the v1 half of a tenant's ``groups`` anew; a former start may have used more controllers.
 
     The caller holds the tenant's lock: who is in a group of that name was left behind, and is killed.
+    Raises IsochamberError.
     """
-    wanted = list(controllers)
-    groups = groups_of(tid, wanted, found)
     group = None
     try:
-        # Never one that was left behind: it may be frozen, and clone3 into one that was killed once kills the child
-        # (seen on Linux 6.18). A former start may have used more controllers.
         used = {*groups.v1.values()}
         for group in {f"{tree}/{_name(tid)}" for tree in found.v1.values()} - used:
             _remove_v1(group)
         for group in used:
             _make_anew(group, _remove_v1)
-        if found.v2 is not None and groups.v2 is not None:
-            group = groups.v2
-            enabled = [controller for controller in wanted if controller not in groups.v1]
-            if enabled:
-                os.makedirs(os.path.dirname(group), 0o755, exist_ok=True)
-            for controller in enabled:
-                _enable(groups, found.v2, controller)
-            _make_anew(group, remove)
     except OSError as error:
-        raise IsochamberError.from_os(
-            error, stage="launch", path=group, hint="is the cgroup file system mounted read-only?"
-        ) from error
-    return groups
+        raise _read_only(error, group) from error
+
+
+def make_v2(groups: Groups, wanted: list[str], found: Trees) -> None:
+    """Make the v2 half of a tenant's ``groups`` anew, with those ``wanted`` that are no v1 controllers.
+
+    Never one that was left behind: it may be frozen, and clone3 into one that was killed once kills the child
+    (seen on Linux 6.18). Raises IsochamberError.
+    """
+    group = groups.v2
+    if found.v2 is None or group is None:
+        return
+    try:
+        enabled = [controller for controller in wanted if controller not in groups.v1]
+        if enabled:
+            os.makedirs(os.path.dirname(group), 0o755, exist_ok=True)
+        for controller in enabled:
+            _enable(groups, found.v2, controller)
+        _make_anew(group, remove)
+    except OSError as error:
+        raise _read_only(error, group) from error
+
+
+def _read_only(error: OSError, group: str | None) -> IsochamberError:
+    return IsochamberError.from_os(
+        error, stage="launch", path=group, hint="is the cgroup file system mounted read-only?"
+    )
 
 
 def _make_anew(group: str, remove_one: Remover) -> None:
@@ -154,22 +166,10 @@ def enter(groups: Groups) -> None:
 
     By ``tasks``, as a thread moves itself: ``cgroup.procs`` would wait until no process of the
     machine can be in the middle of a fork or an exec, 5 to 15 ms (cgroup_attach_lock in
-    kernel/cgroup/cgroup.c). Into the v2 group there is no other way: clone3 puts a process there.
+    kernel/cgroup/cgroup.c). Into the v2 group there is no such way: a process is cloned into it.
     """
     for group in {*groups.v1.values()}:
         write(group, "tasks", "0")  # the writer itself
-
-
-def take(groups: Groups, pid: int) -> None:
-    """Move a child of ours, by its ``pid`` as we count, into the v2 group: it was there before. Raises OSError.
-
-    One that has ended meanwhile is fine: it needs none, and its end is told elsewhere.
-    """
-    if groups.v2 is not None:
-        try:
-            write(groups.v2, "cgroup.procs", str(pid))
-        except ProcessLookupError:
-            pass
 
 
 def _read(group: str, file: str) -> str:

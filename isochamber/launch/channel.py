@@ -47,9 +47,9 @@ def failure_of(packet: bytes, tenant: str | None) -> IsochamberError:
     )  # fmt: skip
 
 
-def send_started(end: _socket.socket, pidfd: int) -> None:
-    """Hand over the pidfd of the tenant's first process."""
-    _send(end, Word.STARTED, pidfd)
+def send_started(end: _socket.socket, pidfd: int, pid: int | None = None) -> None:
+    """Hand over the pidfd of the tenant's first process, and its number if the other side is to reap it."""
+    _send(end, Word.STARTED + (b"" if pid is None else b"%d" % pid), pidfd)
 
 
 def send_terminal(end: _socket.socket, master: int) -> None:

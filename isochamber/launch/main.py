@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import os
 
-from isochamber.errors import EXIT_INTERRUPTED, IsochamberError
-from isochamber.launch import capabilities, enforcement, entry, foreground, running, start, syscalls
+from isochamber.errors import EXIT_INTERRUPTED, EXIT_SIGNAL_BASE, IsochamberError
+from isochamber.launch import capabilities, entry, foreground, running, start, syscalls
 from isochamber.launch.lean import signal
 from isochamber.launch.words import Options, on_a_terminal, open_missing_descriptors, say
+
+_SIGSYS = 31  # everywhere but on MIPS, Alpha and SPARC
 
 # A login shell: the base may be without bash, and a plan without a base is none.
 _SHELL = ["/bin/sh", "-c", "if [ -x /bin/bash ]; then exec /bin/bash -l; fi; exec /bin/sh -l"]
@@ -64,8 +66,15 @@ def _run(options: Options, wanted: entry.Entry) -> int:
     tenant = running.Running(prepared)
     os.close(prepared.lock)  # the keeper holds it from here on: it is free when the keeper has cleaned up
     shown = foreground.Foreground(tenant)
-    shown.enforcement = enforcement.Enforcement(tenant, options.root, wanted, shown.say)
+    if wanted.seccomp.mode != "none":
+        from isochamber.launch import enforcement  # noqa: PLC0415 - most tenants have no learned filter
+
+        shown.enforcement = enforcement.Enforcement(tenant, options.root, wanted, shown.say)
     code = shown.supervise(wanted.timeout)
+    if wanted.seccomp.mode == "none" and code == EXIT_SIGNAL_BASE + _SIGSYS:
+        from isochamber.launch import refusals  # noqa: PLC0415 - as rare
+
+        shown.say(refusals.death(wanted.name, wanted.seccomp.mode))
     if tenant.failure is not None:
         raise tenant.failure
     return code

@@ -5,6 +5,7 @@ close-on-exec, so nothing of it reaches the tenant.
 
     tenant side -> launcher   TERMINAL (with the pty's master), LISTENER, FAILED
     keeper      -> launcher   STARTED (with the tenant's pidfd), FAILED, LEFT, ENDED
+    who cloned the tenant's first process for the nursery -> it   STARTED (with the pidfd)
     keeper      -> tenant side that waits   GO
     launcher    -> tenant side, after LISTENER   GO
     launcher through the supervisor -> keeper   SIGNAL, FREEZE
@@ -18,7 +19,7 @@ _LONGEST = 2000  # characters a field
 class Word:
     """The first byte of a packet. No Enum: importing that costs the start more than its mounts do."""
 
-    STARTED = b"S"  # the tenant's first process exists; one descriptor: its pidfd
+    STARTED = b"S"  # the tenant's first process exists; its number or nothing; one descriptor: its pidfd
     TERMINAL = b"T"  # its terminal exists; one descriptor: the master
     FAILED = b"F"  # a step failed: see encode_failure
     LEFT = b"L"  # something could not be cleaned up after it: see encode_failure

@@ -61,22 +61,23 @@ class Prepared:
 
     def __init__(
         self, root: str, entry: Entry, *, own_terminal: bool, waits: bool = False, listens: bool = False,
-        spare: bool = False, trees: Callable[[], cgroup.Trees] = cgroup.trees,
+        spare: Callable[[str | None], None] | None = None, trees: Callable[[], cgroup.Trees] = cgroup.trees,
         namespaces: dict[str, int] | None = None,
     ) -> None:  # fmt: skip
         """Do the host side's steps; raises IsochamberError, and leaves at most the pins.
 
         Who ``listens`` takes what the learned filter hands over: see seccomp.Filters.
         A tenant that ``waits`` is set up until the exec, and goes on when it is handed over.
-        A ``spare`` first process is there already: it makes its mounts while :meth:`make_rest` is called.
+        A ``spare`` is told the v2 group, if there is one, as soon as that can be: the first process is cloned into
+        it, and makes its mounts while :meth:`make_rest` is called.
         Who starts many knows its own ``namespaces``, and where the cgroup ``trees`` are.
         """
         self.root = root
         self.entry = entry
         self.terminal = own_terminal
         self.waits = waits
-        self.spare = spare
-        self.trees = trees
+        self.spare = spare is not None
+        self.listens = listens
         self.groups = cgroup.Groups({}, None)
         self.notify: str | None = None  # the host's socket that the tenant tells its readiness
         # Only one start at a time may see the upper.
@@ -90,14 +91,17 @@ class Prepared:
             else:
                 disk.check_unused(root, entry.tid)
             _check_there(root, entry)
+            self.trees = trees()
+            controllers = [*limits.controllers(entry.limits), devicegroup.CONTROLLER]
+            self.groups = cgroup.groups_of(entry.tid, controllers, self.trees)
+            cgroup.make_v2(self.groups, controllers, self.trees)
+            if spare is not None:
+                spare(self.groups.v2)
             self.user, self.net = pins.ensure(entry.tid, entry.uid_base, entry.uid_count)
             join.ensure(root, entry, self.net)
             self.allowed = devicegroup.rules(entry.devices)
-            found = trees()
-            self.groups = cgroup.groups_of(entry.tid, self._controllers(), found)
-            self.listens = listens
-            if not spare:
-                self.make_rest(found=found)
+            if spare is None:
+                self.make_rest()
             self.highest_capability = capabilities.last()
             self.host_namespaces = namespaces or verify.namespaces()
         except BaseException:
@@ -109,21 +113,15 @@ class Prepared:
             records.unlock(self.lock)
             raise
 
-    def _controllers(self) -> list[str]:
-        return [*limits.controllers(self.entry.limits), devicegroup.CONTROLLER]
+    def make_rest(self) -> None:
+        """Make the other control groups, with every limit and the fence of the devices, and read the filters.
 
-    def make_rest(self, *, found: cgroup.Trees | None = None, enters: int | None = None) -> None:
-        """Make the control groups, with every limit and the fence of the devices in force, and read the filters.
-
-        Raises IsochamberError, OSError. ``found`` is where the trees are, for who has just looked;
-        ``enters`` is a process that is there already, and is put into the v2 group.
+        Raises IsochamberError, OSError.
         """
         entry = self.entry
-        self.groups = cgroup.make(entry.tid, self._controllers(), found or self.trees())
+        cgroup.make_v1(self.groups, entry.tid, self.trees)
         limits.apply(entry.limits, entry.limits_required, self.groups, limits.disk_for(entry.limits, self.root))
         devicegroup.apply(self.groups, self.allowed)
-        if enters is not None:
-            cgroup.take(self.groups, enters)
         self.filters = seccomp.Filters(self.root, entry.seccomp, listens=self.listens)
 
     def close(self) -> None:
@@ -217,8 +215,7 @@ def close_to_others() -> None:
 def _become(prepared: Prepared, messages: _socket.socket, step: Callable[[str], None]) -> None:
     entry, owner = prepared.entry, prepared.entry.uid_base
     step("close this process to others")
-    if not prepared.spare:  # which has done it while it waited
-        close_to_others()
+    close_to_others()
     os.chdir(prepared.root)  # lowerdir= takes relative paths, which no ":" of the operator's can break
     step("join the network namespace")
     if entry.network != "host":

@@ -184,12 +184,13 @@ def mount_setattr(
 def clone3(flags: int, *, cgroup_fd: int | None = None) -> tuple[int, int]:
     """clone3(2) without a new stack, as fork(2): returns (0, -1) in the child, (pid, pidfd) in the parent.
 
-    The caller must be single-threaded: no atfork handler of the C library runs.
+    The caller must be single-threaded: no atfork handler of the C library runs. With CLONE_PARENT the child is
+    our parent's, which hears of its end as it would of ours.
     """
     pidfd = ctypes.c_int(-1)
     if cgroup_fd is not None:
         flags |= CLONE_INTO_CGROUP
-    sigchld = 17
+    sigchld = 0 if flags & CLONE_PARENT else 17
     group = 0 if cgroup_fd is None else cgroup_fd
     arguments = _CloneArgs(flags | CLONE_PIDFD, ctypes.addressof(pidfd), 0, 0, sigchld, 0, 0, 0, 0, 0, group)
     pid = _syscall(NR_CLONE3, "clone3", None, ctypes.byref(arguments), ctypes.c_size_t(ctypes.sizeof(arguments)))

@@ -24,7 +24,12 @@ _MOUNTS = {
 
 def namespaces() -> dict[str, int]:
     """Return the inode number of each namespace of this process (namespaces(7))."""
-    return {kind: os.stat(f"/proc/self/ns/{kind}").st_ino for kind in _KINDS}
+    directory = os.open("/proc/self/ns", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # "net:[4026531840]": read and not followed, which would make an inode of each for us.
+        return {kind: int(os.readlink(kind, dir_fd=directory)[len(kind) + 2 : -1]) for kind in _KINDS}
+    finally:
+        os.close(directory)
 
 
 def inside(entry: Entry, host: dict[str, int], kept: int) -> None:

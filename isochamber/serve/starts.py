@@ -88,7 +88,7 @@ class Starts:
                 raise IsochamberError("the order is of another tenant than its entry", stage="nursery")
             prepared = start.Prepared(
                 order["root"], entry, own_terminal=bool(order.get("terminal")), waits=kind == "warm",
-                spare=True, listens=True, trees=self._trees.trees, namespaces=self._namespaces,
+                spare=process.clone_into, listens=True, trees=self._trees.trees, namespaces=self._namespaces,
             )  # fmt: skip
             held.prepared = prepared
             self._make_notify(held, entry)
@@ -98,7 +98,8 @@ class Starts:
             process.go(prepared, ours)  # it makes its mounts while we go on
             if kind == "service":
                 held.ring = Ring(order["logs"], entry.service.log_size, entry.service.log_count)  # type: ignore[union-attr] # only a plan has none
-            prepared.make_rest(enters=process.pid)
+            prepared.make_rest()
+            process.born()
             held.setup, held.pid, held.pidfd = process.end, process.pid, process.pidfd
             held.host_pid, held.start_time = process.host_pid, process.start_time
             self._record(held, waits=prepared.waits)
@@ -121,6 +122,7 @@ class Starts:
         self._nursery.report({"on": "started", "id": order.get("id"), **held.describe()})
         if client is not None:
             client.started(held.pidfd)
+        process.forget_who_waited()
 
     def _record(self, held: Held, *, waits: bool) -> None:
         group = held.prepared.groups.v2 if held.prepared else None

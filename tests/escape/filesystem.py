@@ -232,7 +232,10 @@ def _device_in(where: str) -> Run:
 
 
 # The second start must not clear the first one's cgroup away.
-_BESIDE = "start.cgroup.make = lambda tid, controllers, trees: start.cgroup.Groups({}, None)\n"
+_BESIDE = (
+    "start.cgroup.groups_of = lambda tid, controllers, trees: start.cgroup.Groups({}, None)\n"
+    "start.cgroup.make_v1 = lambda groups, tid, found: None\n"
+)
 
 
 def _two_at_once(worlds: Worlds, off: Off, _attempt: Attempt) -> str:

@@ -10,7 +10,7 @@ SOURCE = PROJECT / "isochamber" / "launch" / "start.py"
 ARCHITECTURE = PROJECT / "docs" / "explanation" / "architecture.md"
 
 HOST_SIDE = [
-    "records.lock", "ipc.check", "pins.ensure", "join.ensure", "self.make_rest", "capabilities.last",
+    "records.lock", "ipc.check", "cgroup.make_v2", "pins.ensure", "join.ensure", "self.make_rest", "capabilities.last",
     "verify.namespaces",
 ]  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_the_steps_of_the_tenants_side_are_in_the_architectures_order() -> None:
 
 def test_the_steps_of_the_hosts_side_are_in_order() -> None:
     assert [call for call in _calls(_function("__init__")) if call in HOST_SIDE] == HOST_SIDE
-    rest = ["cgroup.make", "limits.apply", "devicegroup.apply", "cgroup.take", "seccomp.Filters"]
+    rest = ["cgroup.make_v1", "limits.apply", "devicegroup.apply", "seccomp.Filters"]
     assert [call for call in _calls(_function("make_rest")) if call in rest] == rest
 
 

@@ -144,7 +144,8 @@ FAILING = (
     "mounts.mount_kernel_views", "devices.make", "mounts.mount_tmpfs", "masking.apply", "start._bind_home",
     "start._bind_extras", "mounts.enter", "syscalls.sethostname", "start.rlimits.apply", "start._take_ids",
     "start.landlock.apply", "capabilities.keep_only", "verify.inside", "syscalls.close_range_on_exec",
-    "syscalls.seccomp_filter", "start.pins.ensure", "start.cgroup.make", "start.channel.send_started", "keeper.record",
+    "syscalls.seccomp_filter", "start.pins.ensure", "start.cgroup.make_v1", "start.cgroup.make_v2",
+    "start.channel.send_started", "keeper.record",
 )  # fmt: skip
 
 

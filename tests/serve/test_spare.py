@@ -1,4 +1,4 @@
-"""The process that is forked ahead: what it has while it waits, and that it becomes a tenant like any other."""
+"""The process that is forked ahead: what it has while it waits, and that its child is a tenant like any other."""
 
 import os
 from collections.abc import Callable
@@ -28,9 +28,7 @@ def _spare(nursery: int, *others: int) -> int:
     return found.pop()
 
 
-def test_the_next_tenant_is_the_process_that_waited_and_that_had_nothing_but_its_channel(
-    world: World, add: Add
-) -> None:
+def test_the_process_that_waits_has_nothing_but_its_channel_and_clones_the_next_tenant(world: World, add: Add) -> None:
     first, second = add(), add()
     world.begin()
     world.ask("start", first.name)
@@ -39,9 +37,12 @@ def test_the_next_tenant_is_the_process_that_waited_and_that_had_nothing_but_its
     eventually(lambda: descriptors_of(spare).get("socket") == 1, "it has closed what was the nursery's")
     assert set(descriptors_of(spare)) == {"/dev/null", "socket", f"{os.environ['ISOCHAMBER_RUN']}/serve/nursery.log"}
     assert Path(f"/proc/{spare}/oom_score_adj").read_text() == "0\n"
+    ipc = os.readlink(f"/proc/{spare}/ns/ipc")
+    assert ipc != os.readlink(f"/proc/{nursery}/ns/ipc")
     world.ask("start", second.name)
-    assert world.row(second)["pid"] == spare
-    assert _spare(nursery, pid, spare) not in (pid, spare)
+    tenant = world.row(second)["pid"]
+    assert os.readlink(f"/proc/{tenant}/ns/ipc") == ipc  # what was made ahead has become the tenant's
+    assert _spare(nursery, pid, tenant) != spare  # which has ended, and another one waits
 
 
 def test_a_tenant_from_the_spare_process_is_in_all_of_its_groups_and_namespaces(world: World, add: Add) -> None:
