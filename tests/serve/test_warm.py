@@ -53,6 +53,8 @@ def test_a_waiting_sandbox_is_the_tenant_already_and_holds_nothing_but_its_chann
     eventually(lambda: f"Uid:\t{tenant.uid_base}\t" in status.read_text(), "it has become the tenant")
     eventually(lambda: len(os.listdir(f"/proc/{pid}/fd")) == 4, "0, 1, 2 and the channel")
     assert "CapBnd:\t0000000000000000" in status.read_text()
+    eventually(lambda: "Seccomp:\t2\nSeccomp_filters:\t2\n" in status.read_text(), "its common filters are loaded")
+    assert "SigIgn:\t0000000000000000" in status.read_text()
     (row,) = (row for row in next(iter(world.stream("stats", stream=False)))["rows"] if row["tid"] == tenant.tid)
     assert row["state"] == "warm"
     assert row["memory"] > 0
