@@ -120,14 +120,19 @@ def attach(state: State, tid: str) -> None:
         _link_home(state, tid)
     elif image(state, tid).exists() and not disk.is_mounted(str(state.tenant_fs(tid))):
         durable.make_directories(state.tenant_fs(tid), 0o755)  # a deletion that was cut may have had that already
-        for may_mend in (True, False):
-            try:
-                disk.attach(str(state.root), tid, lambda: _settle(state, tid))
-                break
-            except IsochamberError:
-                if not may_mend:
-                    raise
-                mend(state, tid)
+        settled: list[bool] = []
+
+        def settle() -> None:
+            _settle(state, tid)
+            settled.append(True)
+
+        try:
+            disk.attach(str(state.root), tid, settle)
+        except IsochamberError:
+            if not settled:
+                raise  # nothing is wrong with the image
+            mend(state, tid)
+            disk.attach(str(state.root), tid, settle)
         durable.remove_stale_stages(state.staging_of(tid))  # nobody could see them before
 
 

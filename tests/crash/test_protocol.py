@@ -84,6 +84,7 @@ _STAGED_ONLY = {
     "isochamber/build/disk.py": "an image is made in a stage, synced, renamed; a cut is settled at the mount",
     "isochamber/build/diskfill.py": "fills an image that lies in a stage",
     "isochamber/build/durable.py": "this is it",
+    "isochamber/build/ranges.py": "a file of news in /run, which a start of the machine ends",
 }
 _WRITING = {
     "write_text", "write_bytes", "rename", "replace", "renames", "unlink", "mkdir", "makedirs", "rmdir", "link",

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 from isochamber.build import backup, bootstrap, durable, entry, fsck, gc, identity, manifest, recover, registry
@@ -76,7 +77,7 @@ class World:
     def limit(self, size: str) -> None:
         """Give sensor a disk of its own."""
         text = re.sub(r"packages/sensor.*", f"packages/sensor, limits: {{disk: {size}}}}}", self.file.read_text())
-        self.file.write_text(text)
+        _write(self.file, text)
 
     def detach(self) -> None:
         """Unmount the tenants' disks, as a reboot does."""
@@ -118,7 +119,7 @@ class World:
 
     def change(self, rate: int = 2) -> None:
         """Change what the install script reads: another layer, and a fresh upper over it."""
-        (self.directory / "packages/sensor/progs/settings").write_text(f"rate={rate}\n")
+        _write(self.directory / "packages/sensor/progs/settings", f"rate={rate}\n")
 
     def snapshot(self) -> dict[str, str]:
         """Return what the state directory holds, times and inode numbers left out."""
@@ -223,20 +224,38 @@ def check(world: World) -> None:
 
 def changed(world: World) -> None:
     """Another layer, and a fresh upper over it."""
-    world.change()
+    operate("changed", world)
     configure(world)
 
 
 def given(world: World) -> None:
     """A disk of its own, onto which it moves."""
-    world.limit("16M")
+    operate("given", world)
     configure(world)
 
 
 def grown(world: World) -> None:
     """A larger one."""
-    world.limit("24M")
+    operate("grown", world)
     configure(world)
+
+
+_OPERATED: dict[str, Callable[[World], None]] = {
+    "changed": lambda world: world.change(),
+    "given": lambda world: world.limit("16M"),
+    "grown": lambda world: world.limit("24M"),
+}
+
+
+def operate(step: str, world: World) -> None:
+    """Write what the operator writes before ``step``; it is not ours, and nothing is written twice."""
+    if step in _OPERATED:
+        _OPERATED[step](world)
+
+
+def _write(path: Path, text: str) -> None:
+    if path.read_text() != text:
+        path.write_text(text)
 
 
 def everything(world: World) -> None:
