@@ -19,6 +19,9 @@ from typing import Any
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """Do one request."""
+    from tests.crash import world
+
+    world.operate(request["step"], world.World(Path(request["directory"])))  # no fault is for the operator
     with tempfile.TemporaryFile() as errors:
         go_read, go_write = os.pipe()
         child = os.fork()
@@ -43,11 +46,10 @@ def _child(request: dict[str, Any], errors: int, go_read: int, go_write: int) ->
     try:
         os.close(go_write)
         os.dup2(errors, 2)
-        from tests.crash import variants, world
-
-        world.operate(request["step"], world.World(Path(request["directory"])))  # no fault is for the operator
         os.read(go_read, 1)  # EOF: the tracer is there
         os.close(go_read)
+        from tests.crash import variants, world
+
         variants.apply(request.get("variant"))
         code = world.run_step(request["step"], request["directory"], request.get("case", ""))
     except BaseException:  # shown, and judged by the test

@@ -39,6 +39,8 @@ def _judge_all(
             except Exception as error:
                 found = [f"{point}: {error!r}"]
             wrong.extend(found)
+            for line in found:
+                sys.stdout.write(f"{line}\n")  # at once: a whole run takes a quarter of an hour
 
     threads = [threading.Thread(target=work, args=(server,)) for server in servers]
     for thread in threads:
