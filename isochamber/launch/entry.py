@@ -7,6 +7,8 @@ is made. A *plan* (the build sandbox) is the same shape with a few keys more.
 
 from __future__ import annotations
 
+import os
+
 from isochamber import paths
 from isochamber.errors import IsochamberError
 from isochamber.launch import lean
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 VERSION = 1
 _STAGE = "entry"
+_LARGE = 1 << 20  # bytes of containers.json: some 500 tenants
 
 
 class Entry:
@@ -302,12 +305,18 @@ _HINT = "delete the file and run ./doit: it is made anew with the same tids and 
 def read(root: str, tenant: str) -> Entry:
     """Return the entry of ``tenant`` (a name or a tid); raises IsochamberError (stage "entry").
 
-    The registry writes one entry a line, so only the line that holds the name is parsed:
-    a start does not get slower with the number of tenants.
+    The registry writes one entry a line, so only the line that holds the name is parsed, and of a
+    large file only a few are read: a start does not get slower with the number of tenants.
     """
     path = f"{root}/{paths.CONTAINERS}"
     try:
         with open(path, "rb") as file:
+            if (size := os.fstat(file.fileno()).st_size) > _LARGE:
+                from isochamber.launch import search  # noqa: PLC0415 - what few machines need
+
+                raw = search.by_name(file.fileno(), size, tenant)
+                if raw is not None:
+                    return Entry(raw)
             content = file.read()
     except FileNotFoundError as error:
         raise IsochamberError.from_os(

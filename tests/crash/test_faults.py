@@ -13,7 +13,7 @@ from tests.crash.client import CASES, Server
 from tests.crash.world import World
 
 SEED = int(os.environ.get("ISOCHAMBER_TEST_SEED", "1"))
-SAMPLE = 100  # all are some 2,000: ./doit test:crash
+SAMPLE = 100  # all are some 4,100: ./doit test:crash
 
 
 def _judge_all(

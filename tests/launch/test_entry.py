@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from isochamber.errors import IsochamberError
 from isochamber.launch import entry, lean
 from tests.launch import tenants
-from tests.launch.tenants import Tenant
+from tests.launch.tenants import Tenant, write_entries
 
 Change = tuple[str, Any]
 
@@ -100,6 +101,46 @@ def test_a_tenant_named_like_anothers_tid_is_not_taken_for_it(make_tenant: Calla
     impostor = {**first.entry, "name": second.tid}
     tenants.write_entries(first.containers, [impostor, second.entry])
     assert entry.read(str(first.root), second.tid).name == second.name
+
+
+def test_in_a_large_file_an_entry_is_found_by_reading_a_little_of_it(tenant: Tenant, tmp_path: Path) -> None:
+    names = sorted(f"t{number}" for number in range(1500))
+    write_entries(tmp_path / "containers.json", [{**tenant.entry, "name": name} for name in names])
+    size = (tmp_path / "containers.json").stat().st_size
+    for name in (*names[::97], names[0], names[-1]):
+        before = _bytes_read()
+        assert entry.read(str(tmp_path), name).name == name
+        assert _bytes_read() - before < size / 4
+    for name in ("a", "t5x", "z"):
+        with pytest.raises(IsochamberError, match="is not configured"):
+            entry.read(str(tmp_path), name)
+
+
+@pytest.mark.parametrize("order", ["backwards", "one long line", "a long entry"])
+def test_a_large_file_that_somebody_laid_out_otherwise_is_read_all_the_same(
+    tenant: Tenant, tmp_path: Path, order: str
+) -> None:
+    names = sorted((f"t{number}" for number in range(1500)), reverse=order == "backwards")
+    entries = [{**tenant.entry, "name": name} for name in names]
+    if order == "a long entry":
+        entries[700]["env"] = {"LONG": "x" * 100_000}
+    write_entries(tmp_path / "containers.json", entries)
+    if order == "one long line":
+        (tmp_path / "containers.json").write_text(json.dumps(entries))
+    for name in ("t3", "t999", names[700]):
+        assert entry.read(str(tmp_path), name).name == name
+
+
+def test_in_a_large_file_a_tid_goes_before_a_name(tenant: Tenant, tmp_path: Path) -> None:
+    entries = [{**tenant.entry, "tid": f"{number:032x}", "name": f"t{number:04}"} for number in range(1500)]
+    entries[3]["name"] = entries[700]["tid"]
+    write_entries(tmp_path / "containers.json", sorted(entries, key=lambda one: str(one["name"])))
+    assert entry.read(str(tmp_path), f"{700:032x}").name == "t0700"
+
+
+def _bytes_read() -> int:
+    """Return what this process has read until now (proc_pid_io(5))."""
+    return int(Path("/proc/self/io").read_text().splitlines()[0].split()[1])
 
 
 def test_a_name_that_another_entry_only_mentions_is_not_that_entry(make_tenant: Callable[..., Tenant]) -> None:
