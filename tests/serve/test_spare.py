@@ -37,8 +37,9 @@ def test_the_process_that_waits_has_nothing_but_its_channel_and_clones_the_next_
     eventually(lambda: descriptors_of(spare).get("socket") == 1, "it has closed what was the nursery's")
     assert set(descriptors_of(spare)) == {"/dev/null", "socket", f"{os.environ['ISOCHAMBER_RUN']}/serve/nursery.log"}
     assert Path(f"/proc/{spare}/oom_score_adj").read_text() == "0\n"
+    own = os.readlink(f"/proc/{nursery}/ns/ipc")
+    eventually(lambda: os.readlink(f"/proc/{spare}/ns/ipc") != own, "it has made namespaces of its own")
     ipc = os.readlink(f"/proc/{spare}/ns/ipc")
-    assert ipc != os.readlink(f"/proc/{nursery}/ns/ipc")
     world.ask("start", second.name)
     tenant = world.row(second)["pid"]
     assert os.readlink(f"/proc/{tenant}/ns/ipc") == ipc  # what was made ahead has become the tenant's
