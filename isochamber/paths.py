@@ -31,6 +31,9 @@ LOGS = "logs"  # one log a product: logs/<kind>-<name>.log
 # A base or a layer is a directory of these: ROOTFS is the lowerdir, MANIFEST is written last.
 ROOTFS = "rootfs"
 LAYER_HOME = "home"
+# In tenants_fs/<tid>, each with two slots: what is not used takes the upper over new lowers.
+UPPER, WORKDIR = "upper", "workdir"
+SLOTS = ("", ".b")
 NAME = "name"  # beside a tenant's home: what its tid was made from
 DISK_IMAGE = "disk.img"  # in tenants_persist/<tid>: holds tenants_fs/<tid> where limits: disk is given
 MANIFEST = "manifest.json"

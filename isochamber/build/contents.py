@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import durable, manifest
+from isochamber.build import durable, manifest, tree
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.spec import package as packages
@@ -84,7 +84,7 @@ def file_digest(state: State, path: Path) -> str:
         if not stat.S_ISREG(status.st_mode):
             raise IsochamberError("is not a regular file", stage="base", path=path, hint="named under files:")
         memory = _Cache(state, f"file {path}")
-        known = _identity(status)
+        known = tree.stamp_of(status)
         digest = memory.get("", known)
         if digest is None:
             _wait_for_clock(known[4])
@@ -97,12 +97,8 @@ def file_digest(state: State, path: Path) -> str:
         os.close(descriptor)
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
-
-
 def _check_unchanged(descriptor: int, identity: tuple[int, ...], path: Path) -> None:
-    if _identity(os.fstat(descriptor)) != identity:
+    if tree.stamp_of(os.fstat(descriptor)) != identity:
         raise IsochamberError("changed while it was read", stage="contents", path=path, hint="run ./doit again")
 
 

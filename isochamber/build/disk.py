@@ -24,7 +24,7 @@ from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 from isochamber.launch import disk, quota, records, stop
 
-WORKDIR, HOME = "workdir", "home"
+WORKDIR, HOME = paths.WORKDIR, "home"
 _MINUTES = 10
 _COPIES_LAST = 10.0  # seconds at most that a start sees the host's mounts
 

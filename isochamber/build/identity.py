@@ -12,10 +12,10 @@ from isochamber.build import disk, durable, home, locks, ranges, registry
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 
-UPPER, WORKDIR, OVERLAY, LOWERS = "upper", "workdir", "overlay", "lowers"
+UPPER, WORKDIR, OVERLAY, LOWERS = paths.UPPER, paths.WORKDIR, "overlay", "lowers"
 FORMER = "former.json"  # the entries before and after the last change of lowers
 # Two slots: an upper over new lowers is made in the one that is not used, and the entry then names it.
-SLOTS = ("", ".b")
+SLOTS = paths.SLOTS
 HOME, NAME = "home", paths.NAME
 
 

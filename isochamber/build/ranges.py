@@ -23,7 +23,7 @@ from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 
 from isochamber import paths
-from isochamber.build import registry
+from isochamber.build import registry, tree
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 
@@ -32,7 +32,7 @@ FIRST, LAST = 524_288, 1_879_048_191
 SLOTS = (LAST + 1 - FIRST) // UID_COUNT
 ETC = Path("/etc")
 
-_OWNED = ("upper", "upper.b", "workdir", "workdir.b")
+_OWNED = tuple(f"{name}{slot}" for name in (paths.UPPER, paths.WORKDIR) for slot in paths.SLOTS)
 _NOBODY = -1  # a tenant's directory that belongs to no range: it has nothing inside yet, or is not mounted
 _BELIEVED = 1.0  # seconds for which the list of tenants is believed for its time alone
 _LONGEST_NEWS = 1 << 20  # bytes
@@ -207,7 +207,7 @@ class _Taken:
         except FileNotFoundError:
             self._files.pop(name, None)
             return
-        identity = status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        identity = tree.stamp_of(status)
         known = self._files.get(name)
         if known is None or known[0] != identity:
             self._files[name] = identity, {slot for first, last in _ids(path) for slot in slots(first, last)}

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from isochamber import paths
-from isochamber.build import durable, locks
+from isochamber.build import durable, locks, tree
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
 
@@ -97,7 +97,7 @@ def _read_file(state: State, *, salvage: bool) -> dict[str, Entry]:
     except OSError as error:
         raise IsochamberError.from_os(error, stage="containers", path=path, hint=_HINT) from error
     with os.fdopen(descriptor, "rb") as file:
-        identity = _identity(os.fstat(file.fileno()))
+        identity = tree.stamp_of(os.fstat(file.fileno()))
         known = _parsed.get(str(path))
         if known is not None and known[0] == identity:
             return known[1]
@@ -110,10 +110,6 @@ def _read_file(state: State, *, salvage: bool) -> dict[str, Entry]:
         raise IsochamberError(f"is damaged: {error}", stage="containers", path=path, hint=_HINT) from error
     _parsed[str(path)] = (identity, entries)
     return entries
-
-
-def _identity(status: os.stat_result) -> tuple[int, ...]:
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def decode(content: bytes) -> dict[str, Entry]:
@@ -220,7 +216,7 @@ def _change(state: State, add: dict[str, Entry], *, without: str | None = None) 
                 status = durable.write_file(state.containers, encode(entries), staging=state.staging)
             except OSError as error:
                 raise IsochamberError.from_os(error, stage="containers", path=state.containers) from error
-            _parsed[str(state.containers)] = (_identity(status), entries)
+            _parsed[str(state.containers)] = (tree.stamp_of(status), entries)
     if held is not None:
         held.entries.clear()
         now = time.monotonic()

@@ -16,6 +16,11 @@ MAX_DEPTH = 256
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
+def stamp_of(status: os.stat_result) -> tuple[int, int, int, int, int]:
+    """Return what tells a file from another one, and from itself with another content (stat(2))."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One entry of a tree: its name in the open directory ``parent``, and its path below the walk's root."""

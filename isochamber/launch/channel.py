@@ -9,6 +9,10 @@ from isochamber.errors import IsochamberError
 from isochamber.launch import messages
 from isochamber.launch.messages import Failure, Word
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 
 def pair() -> tuple[_socket.socket, _socket.socket]:
     """Return the launcher's end and the other end, both close-on-exec (as Python makes every descriptor)."""
@@ -21,10 +25,16 @@ def _send(end: _socket.socket, packet: bytes, descriptor: int | None = None) -> 
         if descriptor is None:
             os.write(end.fileno(), packet)  # not sendmsg: after its filters are loaded the tenant's side may only write
         else:
-            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, descriptor.to_bytes(4, sys.byteorder))
-            end.sendmsg([packet], [rights], _socket.MSG_NOSIGNAL)
+            end.sendmsg([packet], rights((descriptor,)), _socket.MSG_NOSIGNAL)
     except (BrokenPipeError, ConnectionResetError):
         pass  # the launcher is gone, and we go with it
+
+
+def rights(descriptors: "Sequence[int]") -> list[tuple[int, int, bytes]]:
+    """Return what sendmsg(2) is given to pass ``descriptors`` along (unix(7)); nothing where there is none."""
+    if not descriptors:
+        return []
+    return [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, b"".join(one.to_bytes(4, sys.byteorder) for one in descriptors))]
 
 
 def send_failure(end: _socket.socket, step: str, error: IsochamberError, word: bytes = Word.FAILED) -> None:

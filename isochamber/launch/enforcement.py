@@ -6,6 +6,7 @@ import os
 
 from isochamber.errors import EXIT_SIGNAL_BASE
 from isochamber.launch import notices, refusals
+from isochamber.launch.constants import SIGSYS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -13,8 +14,6 @@ if TYPE_CHECKING:
 
     from isochamber.launch.entry import Entry
     from isochamber.launch.running import Running
-
-SIGSYS = 31  # everywhere but on MIPS, Alpha and SPARC
 
 
 class Enforcement:

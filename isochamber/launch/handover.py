@@ -11,7 +11,7 @@ import os
 import struct
 
 from isochamber.errors import IsochamberError
-from isochamber.launch import messages, syscalls
+from isochamber.launch import channel, messages, syscalls
 from isochamber.launch.messages import Word
 
 TYPE_CHECKING = False
@@ -24,14 +24,11 @@ def send(end: _socket.socket, argv: list[str], descriptors: list[int]) -> bool:
 
     False when it is dead, or the words are too long for one packet.
     """
-    extra = []
-    if descriptors:
-        extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
     packet = Word.GO + "\0".join(argv).encode("utf-8", "surrogateescape")
     if len(packet) > messages.MAXIMUM:
         return False
     try:
-        end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
+        end.sendmsg([packet], channel.rights(descriptors), _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
     except OSError:
         return False
     return True

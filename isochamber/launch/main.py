@@ -17,10 +17,9 @@ import os
 
 from isochamber.errors import EXIT_INTERRUPTED, EXIT_SIGNAL_BASE, IsochamberError
 from isochamber.launch import capabilities, entry, foreground, running, start, syscalls
+from isochamber.launch.constants import SIGSYS
 from isochamber.launch.lean import signal
 from isochamber.launch.words import Options, on_a_terminal, open_missing_descriptors, say
-
-_SIGSYS = 31  # everywhere but on MIPS, Alpha and SPARC
 
 # A login shell: the base may be without bash, and a plan without a base is none.
 _SHELL = ["/bin/sh", "-c", "if [ -x /bin/bash ]; then exec /bin/bash -l; fi; exec /bin/sh -l"]
@@ -71,7 +70,7 @@ def _run(options: Options, wanted: entry.Entry) -> int:
 
         shown.enforcement = enforcement.Enforcement(tenant, options.root, wanted, shown.say)
     code = shown.supervise(wanted.timeout)
-    if wanted.seccomp.mode == "none" and code == EXIT_SIGNAL_BASE + _SIGSYS:
+    if wanted.seccomp.mode == "none" and code == EXIT_SIGNAL_BASE + SIGSYS:
         from isochamber.launch import refusals  # noqa: PLC0415 - as rare
 
         shown.say(refusals.death(wanted.name, wanted.seccomp.mode))

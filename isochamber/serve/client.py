@@ -1,10 +1,10 @@
 """Talking to the supervisor: as lean as the launcher, since `isochamber run` begins here."""
 
 import _socket
-import sys
 
 from isochamber import paths
 from isochamber.errors import IsochamberError
+from isochamber.launch import channel
 from isochamber.serve.dump import dump
 
 TYPE_CHECKING = False
@@ -59,13 +59,8 @@ def stream(
 def tell(end: _socket.socket, request: "dict[str, Any]", descriptors: tuple[int, ...] = ()) -> None:
     """Send a request; raises IsochamberError."""
     line = (dump({"version": VERSION, **request}) + "\n").encode()
-    extra = []
-    if descriptors:
-        extra = [
-            (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, b"".join(one.to_bytes(4, sys.byteorder) for one in descriptors))
-        ]
     try:
-        sent = end.sendmsg([line], extra, _socket.MSG_NOSIGNAL)
+        sent = end.sendmsg([line], channel.rights(descriptors), _socket.MSG_NOSIGNAL)
         while sent < len(line):
             sent += end.send(line[sent:], _socket.MSG_NOSIGNAL)
     except OSError as error:

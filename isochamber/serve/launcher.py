@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import _socket
 import os
-import struct
 
 from isochamber.errors import EXIT_BAD_INPUT, IsochamberError
 from isochamber.launch import channel, messages
@@ -78,11 +77,9 @@ class Launcher:
             pass
 
     def _tell(self, packet: bytes, descriptor: int | None = None) -> None:
-        extra = []
-        if descriptor is not None:
-            extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("=i", descriptor))]
+        passed = () if descriptor is None else (descriptor,)
         try:
-            self._end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
+            self._end.sendmsg([packet], channel.rights(passed), _socket.MSG_NOSIGNAL | _socket.MSG_DONTWAIT)
         except OSError:
             self._hang_up()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 
 from isochamber.launch import channel, notices, records, refusals, syscalls
-from isochamber.launch.enforcement import SIGSYS
+from isochamber.launch.constants import SIGSYS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import _socket
 import os
 import struct
 
-from isochamber.launch import lean
+from isochamber.launch import channel, lean
 from isochamber.serve.dump import dump
 
 TYPE_CHECKING = False
@@ -44,11 +44,8 @@ def send_packet(end: _socket.socket, packet: bytes, descriptors: tuple[int, ...]
             file.write(packet)
         packet = _LONG
         descriptors = (memory, *descriptors)
-    extra = []
-    if descriptors:
-        extra = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"={len(descriptors)}i", *descriptors))]
     try:
-        end.sendmsg([packet], extra, _socket.MSG_NOSIGNAL | flags)
+        end.sendmsg([packet], channel.rights(descriptors), _socket.MSG_NOSIGNAL | flags)
     finally:
         if memory >= 0:
             os.close(memory)
