@@ -73,7 +73,8 @@ def backup(state: State, tenant: str, target: Path) -> Saved:
         with durable.staging_directory(state.staging, f"backup-{tid}") as stage:
             with locks.product_lock(state, f"tenant-{tid}", lambda _line: None), still(tid, name):
                 disk.attach(state, tid)
-                if not state.home(tid).is_dir():  # while this waited for the tenant's lock
+                found = registry.find(state, tid)
+                if found is None or not state.home(tid).is_dir():  # while this waited for the tenant's lock
                     raise IsochamberError("was removed meanwhile", stage="backup", tenant=name, hint="isochamber ls")
                 space.require(state.root, tree.size_of(state.home(tid)), stage="backup", tenant=name)
                 copy_tree(state.home(tid), stage / HOME, saved.left_out)

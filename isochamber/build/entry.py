@@ -281,8 +281,11 @@ def rollback(state: State, name: str) -> Entry:
     tid = found["tid"]
     try:
         with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+            now = registry.read(state).get(tid)
+            if now is None:  # while this waited for the tenant's lock
+                raise IsochamberError("was removed meanwhile", stage="rollback", tenant=name, hint="isochamber ls")
             limited.attach(state, tid)
-            former, now = former_of(state, tid), registry.read(state)[tid]
+            former = former_of(state, tid)
             if former is None:
                 raise IsochamberError(
                     "there is nothing to go back to", stage="rollback", tenant=name,

@@ -1,5 +1,6 @@
 """Deleting and pruning: everything of it, nothing beside it, through no link, however deep the tree."""
 
+import concurrent.futures
 import fcntl
 import json
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from isochamber import paths
-from isochamber.build import durable, gc, identity, locks, ranges, registry, sandbox, tree
+from isochamber.build import backup, durable, entry, gc, identity, locks, ranges, registry, sandbox, tree
 from isochamber.build.pipeline import Pipeline
 from isochamber.build.state import State
 from isochamber.errors import IsochamberError
@@ -325,6 +326,30 @@ def test_a_tenant_that_was_deleted_while_its_entry_was_held_back_does_not_come_a
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
     assert [entry["name"] for entry in registry.read(state).values()] == ["stays"]
+
+
+@pytest.mark.parametrize("what", ["rollback", "backup"])
+def test_what_waited_for_a_tenant_that_was_deleted_says_so(state: State, tmp_path: Path, what: str) -> None:
+    tid = _tenant(state, "sensor").tid
+    steps = {
+        "rollback": lambda: entry.rollback(state, "sensor"),
+        "backup": lambda: backup.backup(state, "sensor", tmp_path / "sensor.tar.zst"),
+    }
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with locks.product_lock(state, f"tenant-{tid}", lambda _line: None):
+            inode = Path(paths.product_lock(state.identifier, f"tenant-{tid}")).stat().st_ino
+            asked = pool.submit(steps[what])
+            assert eventually(lambda: _somebody_waits(inode)), "nobody waits for the tenant's lock"
+            registry.remove(state, tid)
+        with pytest.raises(IsochamberError, match="was removed meanwhile") as raised:
+            asked.result(60)
+    assert raised.value.stage == what
+    assert not (tmp_path / "sensor.tar.zst").exists()
+
+
+def _somebody_waits(inode: int) -> bool:
+    waiting = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " -> " in line]
+    return any(words[6].endswith(f":{inode}") for words in waiting)
 
 
 def test_a_prune_passes_over_a_tenant_that_is_deleted_meanwhile(state: State) -> None:
