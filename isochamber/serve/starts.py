@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from isochamber.serve.nursery import Nursery
 
+_AFTERWARDS = 0.005  # seconds between a start and the fork of the process for the next one
+
 
 class Starts:
     """Starts tenants for a nursery, each from the spare process that waits."""
@@ -32,9 +34,16 @@ class Starts:
         self._trees = cgroup.Remembered()
         self._namespaces = verify.namespaces()
         self._spare: spare.Spare | None = None
+        self._is_due = False  # the fork of the next one
 
     def keep_a_spare(self) -> None:
-        """Fork the next tenant's process, while nobody waits for a start."""
+        """Fork the next tenant's process soon: not while who was started last begins to run."""
+        if self._spare is None and not self._is_due:
+            self._is_due = True
+            self._nursery.loop.later(_AFTERWARDS, self._fork)
+
+    def _fork(self) -> None:
+        self._is_due = False
         if self._spare is None and not self._nursery.loop.over:
             waited_for = any(held.setup is not None and held.kind != "warm" for held in self._nursery.held.values())
             if not waited_for:
@@ -118,10 +127,10 @@ class Starts:
             if prepared is not None:
                 prepared.close()
         self._nursery.held[held.key] = held
+        held.order = order.get("id")
         self._nursery.tending.watch_all(held)
-        self._nursery.report({"on": "started", "id": order.get("id"), **held.describe()})
-        if client is not None:
-            client.started(held.pidfd)
+        if kind == "warm":  # it is there when it waits, and its program runs when somebody wants it
+            self._nursery.tending.announce(held)
         process.forget_who_waited()
 
     def _record(self, held: Held, *, waits: bool) -> None:

@@ -17,7 +17,7 @@ from isochamber.launch import records
 from isochamber.serve import link, wire
 from tests.conftest import PROJECT
 from tests.launch.tenants import Tenant, wait_for_end
-from tests.serve.world import World, descriptors_of, eventually, gone, nursery_of
+from tests.serve.world import World, children_of, descriptors_of, eventually, gone, nursery_of
 
 Add = Callable[..., Tenant]
 COUNTING = ["/usr/bin/perl", "-e", "$| = 1; for (1 .. 100000) { print qq($_\\n); select(undef, undef, undef, .002) }"]
@@ -146,6 +146,7 @@ def test_the_nursery_holds_nothing_of_a_tenant_that_has_ended(world: World, add:
     nursery = nursery_of(keeper)
     world.ask("start", tenant.name)
     world.ask("wait", tenant.name)
+    eventually(lambda: len(children_of(nursery)) == 2, "the tenant that stays, and a spare process that waits")
     before = descriptors_of(nursery)
     assert world.process is not None
     ours = descriptors_of(world.process.pid)

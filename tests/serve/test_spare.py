@@ -6,13 +6,9 @@ from pathlib import Path
 
 from isochamber.launch import cgroup, records
 from tests.launch.tenants import Tenant
-from tests.serve.world import STUBBORN, World, descriptors_of, eventually, gone, nursery_of
+from tests.serve.world import STUBBORN, World, children_of, descriptors_of, eventually, gone, nursery_of
 
 Add = Callable[..., Tenant]
-
-
-def _children(pid: int) -> set[int]:
-    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
 
 
 def _spare(nursery: int, *others: int) -> int:
@@ -21,7 +17,7 @@ def _spare(nursery: int, *others: int) -> int:
 
     def one() -> bool:
         found.clear()
-        found.update(_children(nursery) - set(others))
+        found.update(children_of(nursery) - set(others))
         return len(found) == 1
 
     eventually(one, "a spare process waits, and it alone")

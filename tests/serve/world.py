@@ -182,6 +182,11 @@ def gone(tenant: Tenant) -> bool:
     return not tenant.processes() and not records.held(tenant.tid)
 
 
+def children_of(pid: int) -> set[int]:
+    """Return the processes whose parent is ``pid``."""
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
 def descriptors_of(pid: int) -> dict[str, int]:
     """Return what a process has open, counted by kind."""
     counted: dict[str, int] = {}
