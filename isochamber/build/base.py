@@ -138,14 +138,15 @@ def _bootstrap(state: State, base: Base, stage: Path, title: str, reporter: Repo
         if notice is not None:
             reporter.say(f"{title}: {notice}")
         environment = bootstrap.environment(settings)
-        outcome = process.run(bootstrap.command(base, rootfs), log=log, product=progress, env=environment)
+        outcome = process.run(bootstrap.command(base, stage), log=log, product=progress, env=environment)
         if outcome.status:
             raise IsochamberError(
                 f"{base.tool} exited with {outcome.status}",
                 stage="base", tenant=base.name, path=log, hint="the last lines of its log follow",
                 notes=outcome.last_lines,
             )  # fmt: skip
-        durable.remove_tree(settings)
+        for beside in (settings, *(stage / name for name in bootstrap.BESIDE)):
+            durable.remove_tree(beside)
         root = os.open(rootfs, tree.DIRECTORY)
         try:
             debcache.keep(cache, root, root)

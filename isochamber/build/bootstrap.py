@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+from isochamber import paths
 from isochamber.build import process
 from isochamber.errors import IsochamberError
 from isochamber.spec import load
@@ -19,6 +20,16 @@ _CONTAINED = (
     "setpriv", "--pdeathsig", "KILL", "--",
     "unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc", "--",
 )  # fmt: skip
+
+# dpkg asks for some two thousand syncs, and the whole tree is synced once, before it gets its name: a volatile
+# overlay (overlayfs.rst) over the target answers them at once. Where there can be none, the tool does without.
+_UNSYNCED = f"""\
+cd "$1" && mkdir lower work && mount -t overlay overlay -o \\
+lowerdir=lower,upperdir={paths.ROOTFS},workdir=work,redirect_dir=off,metacopy=off,index=off,xino=off,volatile \\
+{paths.ROOTFS}
+cd / && shift && exec "$@"
+"""
+BESIDE = ("lower", "work")  # what that leaves beside the target
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 _APT_CONFIG = 'Dir::Etc::main "/dev/null";\nDir::Etc::parts "/dev/null";\n'  # apt.conf(5): nothing of the host's
@@ -114,16 +125,17 @@ def _proxies() -> dict[str, str]:
     return {name: os.environ[name] for name in _PROXIES if os.environ.get(name)}
 
 
-def command(base: Base, target: Path) -> list[str]:
-    """Return the command that bootstraps ``base`` into ``target``, which may hold .debs where apt looks for them.
+def command(base: Base, stage: Path) -> list[str]:
+    """Return the command that bootstraps ``base`` into the rootfs of ``stage``: that may hold .debs where apt looks.
 
     Both tools leave there what they downloaded, and the signed lists, for
-    :mod:`isochamber.build.debcache`.
+    :mod:`isochamber.build.debcache`; :data:`BESIDE` is left in ``stage``, and nothing is synced.
     """
     words = _debootstrap(base) if base.tool == "debootstrap" else _mmdebstrap(base)
     if base.packages:
         words.append(f"--include={','.join(base.packages)}")
-    return [*_CONTAINED, *words, base.suite, str(target), mirror_of(base)]
+    within = [*_CONTAINED, "sh", "-c", _UNSYNCED, "sh", str(stage)]
+    return [*within, *words, base.suite, str(stage / paths.ROOTFS), mirror_of(base)]
 
 
 def _mmdebstrap(base: Base) -> list[str]:
@@ -133,7 +145,6 @@ def _mmdebstrap(base: Base) -> list[str]:
         # check/qemu asks for arch-test, and check_tool has looked already.
         "--skip=check/empty,check/qemu,essential/unlink,cleanup/apt",
         '--aptopt=Acquire::Languages "none"',
-        # The whole tree is synced once, before it gets its name: until then nobody needs a file of it.
         "--dpkgopt=force-unsafe-io",
     ]  # fmt: skip
     if base.snapshot:

@@ -298,12 +298,16 @@ def _processes_naming(text: str) -> list[int]:
     return found
 
 
-def test_when_the_builder_is_killed_its_tool_dies_and_no_mount_stays(debian_state: State) -> None:
+def test_the_tool_works_on_a_volatile_overlay_and_when_the_builder_is_killed_it_dies_and_no_mount_stays(
+    debian_state: State,
+) -> None:
     builder = subprocess.Popen([sys.executable, "-c", BUILDER, debian_state.root], cwd=Path(__file__).parents[2])
     log = debian_state.log("base-killed")
     assert eventually(lambda: log.exists() and "Unpacking" in log.read_text(errors="replace"))
     staging = str(debian_state.staging)
     assert len(_processes_naming(staging)) > 1
+    seen = [Path(f"/proc/{pid}/mountinfo").read_text().splitlines() for pid in _processes_naming(staging)]
+    assert any(staging in line and "volatile" in line for lines in seen for line in lines), "every file is synced"
     builder.send_signal(signal.SIGKILL)
     builder.wait()
     assert eventually(lambda: not _processes_naming(staging))
