@@ -31,8 +31,9 @@ if TYPE_CHECKING:
 else:
     import _signal as signal  # as lean.py has it, and without the JSON there
 
-_FORWARDED = (
+_TAKEN = (
     signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM,
+    signal.SIGWINCH, signal.SIGTSTP,
 )  # fmt: skip
 
 
@@ -49,10 +50,10 @@ class Foreground:
 
     def supervise(self, timeout: float | None = None) -> int:
         """Return the exit code when the tenant has ended; ``timeout`` in seconds kills it (the code is then 137)."""
-        former = {
-            number: signal.signal(number, self._note) for number in (*_FORWARDED, signal.SIGWINCH, signal.SIGTSTP)
-        }
+        taken = [number for number in _TAKEN if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stay ignored
+        former = {number: signal.signal(number, self._note) for number in taken}
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, taken)  # serve/run.pl has kept them waiting for us
         if timeout is not None:
             signal.signal(signal.SIGALRM, self._time_is_up)
             signal.setitimer(signal.ITIMER_REAL, timeout)
