@@ -2,6 +2,7 @@
 
 nursery                          the supervisor's nursery; see nursery.py
 run --root ROOT ... TENANT ...   the launcher's words: through the supervisor if one runs, else as the launcher does
+take-over CHANNEL CONTROL PIDFD run ...   run.pl's own: goes on with what that began, descriptors or -1
 """
 
 import os
@@ -17,4 +18,6 @@ if __name__ == "__main__":
         os._exit(nursery.main())
     from isochamber.serve import run
 
+    if sys.argv[1:2] == ["take-over"]:
+        os._exit(run.take_over(sys.argv[2:]))
     os._exit(run.main(sys.argv[1:]))

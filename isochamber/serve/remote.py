@@ -28,8 +28,31 @@ def run_tenant(root: str, tenant: str, argv: list[str], *, no_terminal: bool) ->
     if control is None:
         return None
     wants = not no_terminal and on_a_terminal()
+    request = {"verb": "run", "root": root, "tenant": tenant, "argv": argv, "terminal": wants}
+    return _unless_of_another_root(lambda: run(request, control))
+
+
+def take_over(tenant: str, end: int, control: int, pidfd: int) -> int | None:
+    """Go on with what run.pl has asked for, as :func:`run_tenant` would have; ``end`` is its end of the channel.
+
+    ``control`` is its connection while nothing has started, -1 after that; ``pidfd`` is the tenant's, -1 if unknown.
+    """
+
+    def begun() -> Remote:
+        channel_end = _socket.socket(fileno=end)
+        if control >= 0:
+            await_start(channel_end, _socket.socket(fileno=control))
+        return Remote(tenant, channel_end, pidfd=pidfd if pidfd >= 0 else None)
+
+    for descriptor in (end, control, pidfd):
+        if descriptor >= 0:
+            os.set_inheritable(descriptor, False)
+    return _unless_of_another_root(lambda: _supervise(begun()))
+
+
+def _unless_of_another_root(do: "Callable[[], int]") -> int | None:
     try:
-        return run({"verb": "run", "root": root, "tenant": tenant, "argv": argv, "terminal": wants}, control)
+        return do()
     except IsochamberError as error:
         if error.stage == client.OTHER_ROOT:
             return None
@@ -43,7 +66,10 @@ def run(request: "dict[str, Any]", control: _socket.socket | None = None) -> int
     """
     if os.isatty(0) and os.environ.get("TERM"):
         request["term"] = os.environ["TERM"]
-    started = Remote(control or client.need(), request)
+    return _supervise(order(control or client.need(), request))
+
+
+def _supervise(started: "Remote") -> int:
     shown = Foreground(started)
     started.say = shown.say
     code = shown.supervise()
@@ -52,32 +78,47 @@ def run(request: "dict[str, Any]", control: _socket.socket | None = None) -> int
     return code
 
 
+def order(control: _socket.socket, request: "dict[str, Any]") -> "Remote":
+    """Have it started with our descriptors 0, 1, 2, over ``control``, which is closed. Raises IsochamberError."""
+    end, other = channel.pair()
+    try:
+        client.tell(control, request, (other.fileno(), 0, 1, 2))
+    except IsochamberError:
+        control.close()
+        raise
+    finally:
+        other.close()
+    await_start(end, control)
+    return Remote(request["tenant"], end, beside=request["verb"] == "exec")
+
+
+def await_start(end: _socket.socket, control: _socket.socket) -> None:
+    """Return when whoever holds what was ordered has said so; ``control`` is closed. Raises IsochamberError."""
+    try:
+        # Who holds it says so over the channel, whatever becomes of the supervisor meanwhile.
+        if end.recv(1, _socket.MSG_PEEK) != Word.STARTED:
+            for _ in client.answers(control):  # a refusal, as a rule: then nobody has the channel any more
+                pass
+    finally:
+        control.close()
+
+
 class Remote:
     """A tenant, or a command beside one, that the supervisor started for us: what launch.running.Running is nearby."""
 
     __slots__ = ("_beside", "_pidfd", "end", "exit_code", "failure", "master", "say", "tenant")
 
-    def __init__(self, control: _socket.socket, request: "dict[str, Any]") -> None:
-        """Have it started with our descriptors 0, 1, 2, over ``control``, which is closed. Raises IsochamberError."""
-        self.tenant: str = request["tenant"]
-        self._beside = request["verb"] == "exec"
-        self._pidfd: int | None = None
+    def __init__(
+        self, tenant: str, end: _socket.socket, *, beside: bool = False, pidfd: int | None = None
+    ) -> None:
+        """``end`` is our end of the channel; ``pidfd`` where STARTED was heard already."""
+        self.tenant, self.end = tenant, end
+        self._beside = beside
+        self._pidfd = pidfd
         self.master: int | None = None
         self.failure: IsochamberError | None = None
         self.exit_code: int | None = None
         self.say: Callable[[str], None] | None = None  # prints a line for the operator
-        self.end, other = channel.pair()
-        try:
-            try:
-                client.tell(control, request, (other.fileno(), 0, 1, 2))
-            finally:
-                other.close()
-            # Who holds it says so over the channel, whatever becomes of the supervisor meanwhile.
-            if self.end.recv(1, _socket.MSG_PEEK) != Word.STARTED:
-                for _ in client.answers(control):  # a refusal, as a rule: then nobody has the channel any more
-                    pass
-        finally:
-            control.close()
 
     def hear(self) -> None:
         """Take one message (waits for it) and remember what it says."""

@@ -13,15 +13,27 @@ def argv(*words: str) -> list[str]:
     return [sys.executable, "-I", "-S", os.path.join(here, "__main__.py"), *words]
 
 
-def main(words: list[str]) -> int:
-    """Run one tenant in the foreground; returns its exit code, or ours with one line on stderr."""
+def take_over(words: list[str]) -> int:
+    """Go on with what run.pl began: our end of the channel, the connection and the tenant's pidfd, then its words."""
+    end, control, pidfd = (int(word) for word in words[:3])
+    return main(words[3:], (end, control, pidfd))
+
+
+def main(words: list[str], begun: tuple[int, int, int] | None = None) -> int:
+    """Run one tenant in the foreground; returns its exit code, or ours with one line on stderr.
+
+    ``begun`` is what :func:`take_over` was given: it is asked for already, and not asked for again.
+    """
     said.open_missing_descriptors()
     try:
         options = said.Options(words)
         if options.verb == "run" and not options.shell:
             from isochamber.serve import remote  # noqa: PLC0415 - what the launcher alone does not need
 
-            code = remote.run_tenant(options.root, options.tenant, options.command, no_terminal=options.no_terminal)
+            if begun is not None:
+                code = remote.take_over(options.tenant, *begun)
+            else:
+                code = remote.run_tenant(options.root, options.tenant, options.command, no_terminal=options.no_terminal)
             if code is not None:
                 return code
     except IsochamberError as error:
