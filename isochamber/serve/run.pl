@@ -1,5 +1,6 @@
 # `isochamber run TENANT [COMMAND ...]` without an interpreter's start: asks the supervisor as remote.py
-# does, and waits. Started by data/bin/isochamber with the interpreter, the package, LC_ALL and the words.
+# does, and waits. Started by data/bin/isochamber with the interpreter, the package, LC_ALL and the words,
+# where there is a supervisor's socket and no terminal.
 #
 # Only the plain case is done here. Whatever else it is goes to Python by exec before anything was
 # asked; whatever else it becomes (a signal, a refusal, a failure, the end of the nursery) goes there
@@ -51,7 +52,6 @@ my @run = ('run', '--root', $root, @words[1 .. $#words]);
 sub cold { python(@isolated, @run) }
 
 # The plain case.
-cold() if -t STDIN && -t STDOUT;                               # a terminal is passed both ways
 my @term = -t STDIN && length $ENV{TERM} ? $ENV{TERM} : ();
 cold() if @argv && $argv[0] =~ /^-/ && $argv[0] ne '--';       # an option
 shift @argv if @argv && $argv[0] eq '--';
