@@ -75,8 +75,9 @@ class Beside:
         held.host_pid = records.pid_of(pidfd)
         self._nursery.held[held.key] = held
         self._nursery.tending.watch_all(held)
-        held.order = order.get("id")
-        self._nursery.tending.announce(held)
+        self._nursery.report({"on": "started", "id": order.get("id"), **held.describe()})
+        if client is not None:
+            client.started(pidfd)
 
 
 def _beside(tenant: Held, order: dict[str, Any]) -> start.Prepared:

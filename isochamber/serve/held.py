@@ -30,9 +30,9 @@ class Held:
     """A process that the nursery started, until the supervisor has been told of its end."""
 
     __slots__ = (
-        "announced", "attached", "client", "ended_at", "failure", "fds", "host_pid", "key", "kind", "left_out",
-        "master", "name", "note", "notify", "order", "pid", "pidfd", "pipes", "prepared", "ready", "refusing", "ring",
-        "running", "setup", "start_time", "started_at", "status", "tid",
+        "attached", "client", "ended_at", "failure", "fds", "host_pid", "key", "kind", "left_out", "master", "name",
+        "note", "notify", "pid", "pidfd", "pipes", "prepared", "ready", "refusing", "ring", "running", "setup",
+        "start_time", "started_at", "status", "tid",
     )  # fmt: skip
 
     def __init__(self, key: str, kind: str, tid: str, name: str) -> None:
@@ -45,8 +45,6 @@ class Held:
         self.start_time = 0
         self.started_at = time.time()  # seconds since the epoch, for people
         self.running = False  # its program runs: the exec has been done
-        self.announced = False  # the supervisor, and the launcher that waits, know that it was started
-        self.order: int | None = None  # of the supervisor that we have now: what it waits for until then
         self.ready = False
         self.setup: _socket.socket | None = None  # to the tenant's side, until its exec
         self.client: Launcher | None = None  # of a "run" or "exec"

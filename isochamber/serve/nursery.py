@@ -85,8 +85,6 @@ class Nursery:
         if self._supervisor is not None:
             self._supervisor.close()
             self._supervisor = None
-            for held in self.held.values():
-                held.order = None  # the next one gives numbers of its own
 
     def _bug(self, held: Held | None, error: Exception) -> None:
         """Give up the tenant that something went wrong for; the others go on."""

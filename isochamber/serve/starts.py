@@ -35,16 +35,17 @@ class Starts:
         self._namespaces = verify.namespaces()
         self._spare: spare.Spare | None = None
         self._is_due = False  # the fork of the next one
+        self._wanted = True  # until there is to be no next start
 
     def keep_a_spare(self) -> None:
         """Fork the next tenant's process soon: not while who was started last begins to run."""
-        if self._spare is None and not self._is_due:
+        if self._spare is None and not self._is_due and self._wanted:
             self._is_due = True
             self._nursery.loop.later(_AFTERWARDS, self._fork)
 
     def _fork(self) -> None:
         self._is_due = False
-        if self._spare is None and not self._nursery.loop.over:
+        if self._spare is None and self._wanted and not self._nursery.loop.over:
             waited_for = any(held.setup is not None and held.kind != "warm" for held in self._nursery.held.values())
             if not waited_for:
                 try:
@@ -54,6 +55,7 @@ class Starts:
 
     def let_go_of_the_spare(self) -> None:
         """End it: there will be no next start."""
+        self._wanted = False
         if self._spare is not None:
             self._spare.discard()
             self._spare = None
@@ -127,10 +129,10 @@ class Starts:
             if prepared is not None:
                 prepared.close()
         self._nursery.held[held.key] = held
-        held.order = order.get("id")
         self._nursery.tending.watch_all(held)
-        if kind == "warm":  # it is there when it waits, and its program runs when somebody wants it
-            self._nursery.tending.announce(held)
+        self._nursery.report({"on": "started", "id": order.get("id"), **held.describe()})
+        if client is not None:
+            client.started(held.pidfd)
         process.forget_who_waited()
 
     def _record(self, held: Held, *, waits: bool) -> None:

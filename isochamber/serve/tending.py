@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 
 _SIGNALS = frozenset(b"%d" % number for number in range(1, signal.NSIG))
-_ALONE = 0.001  # seconds that a program which was just executed has the processor before its start is told
 _LAST_WORDS = 512  # reads: a pipe holds 1 MiB at most, in 256 pieces at most
 _TRACED = 0.2  # seconds between two looks at one that can't be reaped
 
@@ -54,14 +53,6 @@ class Tending:
     def watch_pipe(self, held: Held, descriptor: int) -> None:
         """Keep what it writes there."""
         self._loop.watch(descriptor, lambda _happened: self._output(held, descriptor), held)
-
-    def announce(self, held: Held) -> None:
-        """Tell who asked for its start that it was started; once."""
-        if not held.announced:
-            held.announced = True
-            self._nursery.report({"on": "started", "id": held.order, **held.describe()})
-            if held.client is not None:
-                held.client.started(held.pidfd)
 
     def _output(self, held: Held, descriptor: int) -> None:
         if not held.take_output(descriptor):
@@ -110,18 +101,12 @@ class Tending:
             held.setup = None
             if held.failure is None and held.status is None:
                 held.running = True
-                if held.announced:
-                    self._nursery.report({"on": "running", "key": held.key})
-                else:  # whoever is told wakes up, and would take the processor before its first instruction
-                    self._loop.later(_ALONE, lambda: self.announce(held), held)
+                self._nursery.report({"on": "running", "key": held.key})
         elif word == Word.TERMINAL and descriptor is not None:
-            self.announce(held)
             self._take_terminal(held, descriptor)
         elif word == Word.LISTENER and held.status is None:
-            self.announce(held)  # what it is refused is of one that was started
             self._take_listener(held, int(packet[1:]))
         elif word == Word.FAILED:
-            self.announce(held)
             held.failure = told_of(channel.failure_of(packet, None))
             if held.client is not None:
                 held.client.pass_on(packet)
@@ -184,7 +169,6 @@ class Tending:
 
     def _end(self, held: Held, status: int) -> None:
         """Keep its last words, clean up, and tell: nothing of it is left when somebody hears of it."""
-        self.announce(held)
         held.status = status
         while self._hear_setup(held):
             pass
@@ -226,7 +210,6 @@ class Tending:
             held.failure = told_of(
                 IsochamberError(what, stage="nursery", path=log, hint="a bug of isochamber's: this log says where")
             )
-        self.announce(held)
         for descriptor in tuple(held.fds):
             if held.status is not None or descriptor != held.pidfd:
                 self._loop.unwatch(descriptor, held)
