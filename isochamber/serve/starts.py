@@ -39,19 +39,23 @@ class Starts:
 
     def keep_a_spare(self) -> None:
         """Fork the next tenant's process soon: not while who was started last begins to run."""
-        if self._spare is None and not self._is_due and self._wanted:
+        if not self._is_due and self._lacks_a_spare():
             self._is_due = True
             self._nursery.loop.later(_AFTERWARDS, self._fork)
 
+    def _lacks_a_spare(self) -> bool:
+        """Say whether there is none and nobody waits for a start."""
+        if self._spare is not None or not self._wanted or self._nursery.loop.over:
+            return False
+        return all(held.setup is None or held.kind == "warm" for held in self._nursery.held.values())
+
     def _fork(self) -> None:
         self._is_due = False
-        if self._spare is None and self._wanted and not self._nursery.loop.over:
-            waited_for = any(held.setup is not None and held.kind != "warm" for held in self._nursery.held.values())
-            if not waited_for:
-                try:
-                    self._spare = spare.Spare(self._namespaces)
-                except (IsochamberError, OSError):
-                    pass  # who wants to start something will be told
+        if self._lacks_a_spare():
+            try:
+                self._spare = spare.Spare(self._namespaces)
+            except (IsochamberError, OSError):
+                pass  # who wants to start something will be told
 
     def let_go_of_the_spare(self) -> None:
         """End it: there will be no next start."""
