@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from isochamber.serve.nursery import Nursery
 
 _AFTERWARDS = 0.005  # seconds between a start and the fork of the process for the next one
+_AGAIN = 1.0  # seconds until one that failed is tried again
 
 
 class Starts:
@@ -40,8 +41,7 @@ class Starts:
     def keep_a_spare(self) -> None:
         """Fork the next tenant's process soon: not while who was started last begins to run."""
         if not self._is_due and self._lacks_a_spare():
-            self._is_due = True
-            self._nursery.loop.later(_AFTERWARDS, self._fork)
+            self._fork_in(_AFTERWARDS)
 
     def _lacks_a_spare(self) -> bool:
         """Say whether there is none and nobody waits for a start."""
@@ -49,13 +49,17 @@ class Starts:
             return False
         return all(held.setup is None or held.kind == "warm" for held in self._nursery.held.values())
 
+    def _fork_in(self, seconds: float) -> None:
+        self._is_due = True
+        self._nursery.loop.later(seconds, self._fork)
+
     def _fork(self) -> None:
         self._is_due = False
         if self._lacks_a_spare():
             try:
                 self._spare = spare.Spare(self._namespaces)
             except (IsochamberError, OSError):
-                pass  # who wants to start something will be told
+                self._fork_in(_AGAIN)  # who wants to start something meanwhile will be told
 
     def let_go_of_the_spare(self) -> None:
         """End it: there will be no next start."""
