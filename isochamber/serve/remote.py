@@ -108,9 +108,7 @@ class Remote:
 
     __slots__ = ("_beside", "_pidfd", "end", "exit_code", "failure", "master", "say", "tenant")
 
-    def __init__(
-        self, tenant: str, end: _socket.socket, *, beside: bool = False, pidfd: int | None = None
-    ) -> None:
+    def __init__(self, tenant: str, end: _socket.socket, *, beside: bool = False, pidfd: int | None = None) -> None:
         """``end`` is our end of the channel; ``pidfd`` where STARTED was heard already."""
         self.tenant, self.end = tenant, end
         self._beside = beside

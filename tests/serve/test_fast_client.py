@@ -121,7 +121,7 @@ def test_it_loads_no_module(world: World, add: Add, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("script", "code"),
-    [("exit 0", 0), ("exit 3", 3), ("exit 255", 255), ("kill -9 $$; exit 5", 5), ("echo \\\"; exit 4", 4)],
+    [("exit 0", 0), ("exit 3", 3), ("exit 255", 255), ("kill -9 $$; exit 5", 5), ('echo \\"; exit 4', 4)],
 )
 def test_a_plain_run_starts_no_python_and_gives_the_exit_code(
     world: World, add: Add, executed: Callable[..., tuple[Done, list[str]]], script: str, code: int
@@ -223,9 +223,7 @@ def test_under_a_supervisor_of_another_root_it_is_the_launcher(
     assert (done.returncode, done.stdout, programs) == (3, "here\n", [PERL, PYTHON])
 
 
-def test_a_refusal_is_one_line_and_125(
-    world: World, add: Add, executed: Callable[..., tuple[Done, list[str]]]
-) -> None:
+def test_a_refusal_is_one_line_and_125(world: World, add: Add, executed: Callable[..., tuple[Done, list[str]]]) -> None:
     tenant = add()
     world.begin()
     world.ask("start", tenant.name)
@@ -485,7 +483,7 @@ def test_a_signal_is_said_once_over_the_channel_and_nothing_else_is(stand_in: St
 
 @pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
 def test_a_closed_descriptor_is_pythons_and_the_tenant_gets_an_empty_one(world: World, add: Add, closed: str) -> None:
-    script = "got=$(readlink /proc/1/fd/0 /proc/1/fd/1 /proc/1/fd/2); echo \"$got\" > /home/got; exit 3"
+    script = 'got=$(readlink /proc/1/fd/0 /proc/1/fd/1 /proc/1/fd/2); echo "$got" > /home/got; exit 3'
     tenant = add(argv=["/bin/sh", "-c", script])
     world.begin()
     done = _run(world, tenant.name, prefix=(SHELL, "-c", f'exec "$@" {closed}', "sh"))
