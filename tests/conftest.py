@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -36,6 +37,14 @@ def run(*argv: str | Path, **options: object) -> "subprocess.CompletedProcess[st
 def _root_only() -> None:
     if os.geteuid() != 0:
         pytest.exit("the tests make real namespaces and file systems: run them as root (sudo ./doit test)", 2)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ignored_by_nobody() -> None:
+    """Have what we start begin with signals at their default, under nohup too: what we ignore it would ignore."""
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGTSTP):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)  # caught: an exec makes it the default
 
 
 @pytest.fixture(scope="session", autouse=True)
