@@ -353,7 +353,8 @@ def _remove_stale(path: Path) -> bool:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it is being made
-        if not os.path.samestat(os.fstat(descriptor), status):
+        # Only now: who held it may have given it another name, a tenant's or a product's, before the lock was ours.
+        if not os.path.samestat(os.fstat(descriptor), path.lstat()):
             return False
         if stat.S_ISREG(status.st_mode):
             path.unlink()

@@ -1,5 +1,6 @@
 """Writes of state: the former or the new, never a part; and nothing left behind by what failed."""
 
+import fcntl
 import os
 import shutil
 import stat
@@ -109,3 +110,21 @@ def test_a_deep_tree_is_removed_on_btrfs_where_a_directory_is_listed_as_it_was_o
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_stage_that_gets_its_name_while_somebody_looks_whether_it_is_stale_is_not_emptied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, product = tmp_path / f"{durable.STAGE_PREFIX}made", tmp_path / "product"
+    stage.mkdir()
+    (stage / "file").touch()
+    lock = fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        if stage.exists():
+            stage.rename(product)  # by its maker, who then ends
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert durable.remove_stale_stages(tmp_path) == ()
+    assert (product / "file").exists()
