@@ -13,6 +13,7 @@ from pathlib import Path
 from isochamber import paths
 from isochamber.build import process
 from isochamber.errors import IsochamberError
+from isochamber.launch import mounts
 from isochamber.spec import load
 from isochamber.spec.model import Base
 
@@ -25,8 +26,7 @@ _CONTAINED = (
 # overlay (overlayfs.rst) over the target answers them at once. Where there can be none, the tool does without.
 _UNSYNCED = f"""\
 cd "$1" && mkdir lower work && mount -t overlay overlay -o \\
-lowerdir=lower,upperdir={paths.ROOTFS},workdir=work,redirect_dir=off,metacopy=off,index=off,xino=off,volatile \\
-{paths.ROOTFS}
+lowerdir=lower,upperdir={paths.ROOTFS},workdir=work,{mounts.APART},volatile {paths.ROOTFS}
 cd / && shift && exec "$@"
 """
 BESIDE = ("lower", "work")  # what that leaves beside the target

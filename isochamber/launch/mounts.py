@@ -17,6 +17,9 @@ from isochamber.launch import syscalls
 _IN_ROOT = syscalls.RESOLVE_IN_ROOT | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 _MS_NOATIME = 1024
 
+# Nothing that makes an upper depend on its neighbours: sealed, it must mean the same over its base anywhere.
+APART = "redirect_dir=off,metacopy=off,index=off,xino=off"
+
 _NO_PRIVILEGES = syscalls.MS_NOSUID | syscalls.MS_NODEV
 _INERT_ATTRIBUTES = syscalls.MOUNT_ATTR_NOSUID | syscalls.MOUNT_ATTR_NODEV | syscalls.MOUNT_ATTR_NOEXEC
 _DATA_ONLY = _NO_PRIVILEGES | syscalls.MS_NOEXEC
@@ -65,8 +68,7 @@ def mount_overlay(lowers: list[str], upper: str, workdir: str, target: str, *, v
     ``volatile`` leaves out every sync: for builds, whose upper is synced or thrown away afterwards.
     """
     data = f"lowerdir={':'.join(lowers)},upperdir={upper},workdir={workdir}"
-    # Nothing that makes a layer depend on its neighbours: a sealed layer must mean the same over its base anywhere.
-    data += ",redirect_dir=off,metacopy=off,index=off,xino=off"
+    data += f",{APART}"
     if volatile:
         data += ",volatile"
     syscalls.mount("overlay", target, "overlay", _NO_PRIVILEGES | _MS_NOATIME, data)
